@@ -1,0 +1,54 @@
+# The daily habits. `make demo` and `make test` set up whatever they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+C_SOURCES := $(wildcard ninepd/*.c)
+C_FILES := $(C_SOURCES) $(wildcard ninepd/guest/*.c)
+
+.PHONY: all demo test test-quick lint format guests clean
+.DELETE_ON_ERROR:
+
+all: $(VENV)/built
+
+# Ask for a boot of a guest: a tour, or with DIR=... a shell with that directory on /mnt.
+demo: $(VENV)/built
+	@$(BIN)/ninepd demo $(DIR)
+
+# Everything, booted guests included. PYTEST_ARGS narrows it down.
+test: lint guests
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# All but the booted guests.
+test-quick: $(VENV)/built
+	$(BIN)/pytest --ignore=tests/guest $(PYTEST_ARGS)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+# QEMU, kernels and User-Mode Linux, in a cache outside the tree.
+guests: $(VENV)/built
+	@$(BIN)/python -m ninepd.guest.tools all
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ninepd/_libvring.*
+
+$(VENV)/installed: pyproject.toml setup.py contrib/setup-debian.sh
+	@PYTHON=$(PYTHON) contrib/setup-debian.sh
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/pip --disable-pip-version-check install --quiet --group dev
+	@$(BIN)/pip --disable-pip-version-check install --quiet --editable .
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(C_SOURCES) ninepd/_vring_build.py
+	@NINEPD_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,6 @@
+"""``python -m ninepd``."""
+
+from ninepd.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,433 @@
+/*
+ * System calls that Python's os module lacks, or that are hot: plain data in, plain data or -errno
+ * out. No policy and no fids here. Every name is one component relative to a directory descriptor,
+ * so openat2 with SCOPED can neither leave that directory nor follow a link (openat2(2)).
+ *
+ * Two results are encoded for the wire because one call then serves one request: the body of an
+ * Rgetattr and a run of Rreaddir entries. Both need qid.path numbers; the table of devices that
+ * makes them belongs to Python (fs/qid.py) and is only read here.
+ */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <dirent.h>
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <linux/securebits.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+/* cdef-begin */
+/* What fs/ asks of a file; filled by statx, one layout with Stat in syscalls.py. */
+typedef struct {
+    uint64_t dev, ino, mnt_id, size, blocks, rdev;
+    uint32_t mode, nlink, uid, gid, blksize, version, generation, pad;
+} nd_stat;
+
+/* qid.path of an inode below 2^48 on `dev` is `prefix | ino`. */
+typedef struct {
+    uint64_t dev, prefix;
+} nd_qid_device;
+
+typedef struct {
+    uint64_t type, bsize, blocks, bfree, bavail, files, ffree, fsid, namelen;
+} nd_statfs;
+
+enum { ND_GETATTR_BODY = 153, ND_UNMAPPED = 1 };
+
+int nd_walk(int dirfd, const char *name, nd_stat *out);
+int nd_stat_at(int dirfd, const char *name, nd_stat *out);
+int nd_open_scoped(int dirfd, const char *name, int flags);
+int nd_open_parent(int dirfd);
+int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, uint64_t path,
+               uint8_t *body);
+int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices, int count,
+                   uint8_t *out, uint32_t size);
+int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size);
+int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t uid, uint32_t gid);
+int nd_mkdir(int dirfd, const char *name, uint32_t mode, uint32_t uid, uint32_t gid);
+int nd_symlink(const char *target, int dirfd, const char *name, uint32_t uid, uint32_t gid);
+int nd_mknod(int dirfd, const char *name, uint32_t mode, uint32_t major, uint32_t minor,
+             uint32_t uid, uint32_t gid);
+int nd_chown(int fd, uint32_t uid, uint32_t gid);
+int nd_utimens(int fd, int64_t atime_sec, int64_t atime_nsec, int64_t mtime_sec,
+               int64_t mtime_nsec);
+int nd_fstatfs(int fd, nd_statfs *out);
+int nd_keep_capabilities(void);
+/* cdef-end */
+
+#define SCOPED (RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
+#define STATX_WANTED (STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID)
+#define QID_INO_LIMIT (UINT64_C(1) << 48)
+#define NO_ID UINT32_MAX
+
+static int scoped_open(int dirfd, const char *name, uint64_t flags, uint64_t mode)
+{
+    struct open_how how = {.flags = flags | O_CLOEXEC, .mode = mode, .resolve = SCOPED};
+    for (int attempt = 0;; attempt++) {
+        long fd = syscall(SYS_openat2, dirfd, name, &how, sizeof how);
+        if (fd >= 0)
+            return (int)fd;
+        /* EAGAIN: a rename on the host raced with the scoped look-up; try again (openat2(2)). */
+        if (errno != EAGAIN || attempt == 64)
+            return -errno;
+    }
+}
+
+/* Changes whenever content or attributes do; never 0, which turns all caching off in the Linux
+ * client (fs/9p/vfs_file.c, v9fs_file_open). */
+static uint32_t qid_version(const struct statx *st)
+{
+    uint64_t h = (uint64_t)st->stx_mtime.tv_sec * UINT64_C(0x9e3779b97f4a7c15);
+    h = (h ^ st->stx_mtime.tv_nsec) * UINT64_C(0xbf58476d1ce4e5b9);
+    h = (h ^ (uint64_t)st->stx_ctime.tv_sec ^ (h >> 29)) * UINT64_C(0x94d049bb133111eb);
+    h = (h ^ st->stx_ctime.tv_nsec ^ st->stx_size ^ (h >> 32)) * UINT64_C(0x9e3779b97f4a7c15);
+    uint32_t version = (uint32_t)(h >> 32);
+    return version ? version : 1;
+}
+
+/* Tells a recycled inode from its predecessor: made from the birth time, which no file changes
+ * (0 where the file system keeps none). 32 bits, because Linux compares it with i_generation. */
+static uint32_t generation(const struct statx *st)
+{
+    if (!(st->stx_mask & STATX_BTIME))
+        return 0;
+    uint64_t h = (uint64_t)st->stx_btime.tv_sec * UINT64_C(0x9e3779b97f4a7c15);
+    h = (h ^ st->stx_btime.tv_nsec ^ (h >> 31)) * UINT64_C(0xbf58476d1ce4e5b9);
+    return (uint32_t)(h >> 32);
+}
+
+static uint64_t device_number(uint32_t major_number, uint32_t minor_number)
+{
+    return makedev(major_number, minor_number);
+}
+
+static int stat_fd(int fd, const char *name, struct statx *st)
+{
+    int flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_SYNC_AS_STAT;
+    if (!*name)
+        flags |= AT_EMPTY_PATH;
+    return statx(fd, name, flags, STATX_WANTED, st) < 0 ? -errno : 0;
+}
+
+static void fill_stat(nd_stat *out, const struct statx *st)
+{
+    *out = (nd_stat){
+        .dev = device_number(st->stx_dev_major, st->stx_dev_minor),
+        .ino = st->stx_ino,
+        .mnt_id = st->stx_mnt_id,
+        .size = st->stx_size,
+        .blocks = st->stx_blocks,
+        .rdev = device_number(st->stx_rdev_major, st->stx_rdev_minor),
+        .mode = st->stx_mode,
+        .nlink = st->stx_nlink,
+        .uid = st->stx_uid,
+        .gid = st->stx_gid,
+        .blksize = st->stx_blksize,
+        .version = qid_version(st),
+        .generation = generation(st),
+    };
+}
+
+/* Look one name up without opening it: an O_PATH descriptor and its attributes. */
+int nd_walk(int dirfd, const char *name, nd_stat *out)
+{
+    int fd = scoped_open(dirfd, name, O_PATH | O_NOFOLLOW, 0);
+    if (fd < 0)
+        return fd;
+    struct statx st;
+    int error = stat_fd(fd, "", &st);
+    if (error) {
+        close(fd);
+        return error;
+    }
+    fill_stat(out, &st);
+    return fd;
+}
+
+/* Attributes of a name in a directory, or of the descriptor itself when `name` is empty. */
+int nd_stat_at(int dirfd, const char *name, nd_stat *out)
+{
+    struct statx st;
+    int error = stat_fd(dirfd, name, &st);
+    if (!error)
+        fill_stat(out, &st);
+    return error;
+}
+
+int nd_open_scoped(int dirfd, const char *name, int flags)
+{
+    return scoped_open(dirfd, name, (uint64_t)(unsigned int)flags, 0);
+}
+
+/* ".." cannot be scoped (EXDEV); the caller proves that the result lies under the export. */
+int nd_open_parent(int dirfd)
+{
+    int fd = openat(dirfd, "..", O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+static uint8_t *put8(uint8_t *at, uint8_t value)
+{
+    *at = value;
+    return at + 1;
+}
+
+static uint8_t *put16(uint8_t *at, uint16_t value)
+{
+    value = htole16(value);
+    memcpy(at, &value, sizeof value);
+    return at + sizeof value;
+}
+
+static uint8_t *put32(uint8_t *at, uint32_t value)
+{
+    value = htole32(value);
+    memcpy(at, &value, sizeof value);
+    return at + sizeof value;
+}
+
+static uint8_t *put64(uint8_t *at, uint64_t value)
+{
+    value = htole64(value);
+    memcpy(at, &value, sizeof value);
+    return at + sizeof value;
+}
+
+static int qid_path(const struct statx *st, const nd_qid_device *devices, int count, uint64_t *path)
+{
+    uint64_t dev = device_number(st->stx_dev_major, st->stx_dev_minor);
+    if (st->stx_ino < QID_INO_LIMIT)
+        for (int i = 0; i < count; i++)
+            if (devices[i].dev == dev) {
+                *path = devices[i].prefix | st->stx_ino;
+                return 0;
+            }
+    return ND_UNMAPPED;
+}
+
+static uint8_t *put_qid(uint8_t *at, const struct statx *st, uint64_t path)
+{
+    uint8_t type = S_ISDIR(st->stx_mode) ? 0x80 : S_ISLNK(st->stx_mode) ? 0x02 : 0;
+    return put64(put32(put8(at, type), qid_version(st)), path);
+}
+
+static uint8_t *put_time(uint8_t *at, struct statx_timestamp time)
+{
+    return put64(put64(at, (uint64_t)time.tv_sec), time.tv_nsec);
+}
+
+/* The body of an Rgetattr (ND_GETATTR_BODY bytes) of what `fd` holds. The path number comes from
+ * the caller if `has_path`, else from the table; ND_UNMAPPED when the table has none for it. */
+int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, uint64_t path,
+                      uint8_t *body)
+{
+    const uint64_t basic = 0x7ff, btime = 0x800;
+    struct statx st;
+    int error = stat_fd(fd, "", &st);
+    if (!error && !has_path)
+        error = qid_path(&st, devices, count, &path);
+    if (error)
+        return error;
+    uint64_t rdev = ((uint64_t)(st.stx_rdev_minor & 0xff)) | ((uint64_t)st.stx_rdev_major << 8) |
+                    ((uint64_t)(st.stx_rdev_minor & ~0xffU) << 12); /* new_encode_dev() */
+    uint8_t *at = put64(body, basic | (st.stx_mask & STATX_BTIME ? btime : 0));
+    at = put_qid(at, &st, path);
+    at = put32(put32(put32(at, st.stx_mode), st.stx_uid), st.stx_gid);
+    at = put64(put64(put64(at, st.stx_nlink), rdev), st.stx_size);
+    at = put64(put64(at, st.stx_blksize), st.stx_blocks);
+    at = put_time(put_time(put_time(at, st.stx_atime), st.stx_mtime), st.stx_ctime);
+    at = put_time(at, st.stx_btime);
+    put64(put64(at, generation(&st)), 0);
+    return 0;
+}
+
+struct dirent64_head { /* getdents64(2); glibc's struct dirent64 has a fixed-size name */
+    uint64_t ino;
+    int64_t off;
+    uint16_t reclen;
+    uint8_t type;
+    char name[];
+} __attribute__((packed));
+
+/* Entries after position `offset` (0: the start) as the kernel gives them; bytes or -errno. */
+int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size)
+{
+    if (lseek(fd, (off_t)offset, SEEK_SET) < 0)
+        return -errno;
+    long got = syscall(SYS_getdents64, fd, out, size);
+    return got < 0 ? -errno : got;
+}
+
+/*
+ * A run of Rreaddir entries after position `offset`, whole entries only, at most `size` bytes.
+ * Returns the bytes written (0: the end), -EINVAL if not even one entry fits, -EDOM if the first
+ * one has no number in the table. Each entry is looked up, because only that shows the root of
+ * what is mounted there, whose identity a walk would show too; one that has vanished meanwhile is
+ * left out. `at_root`: ".." is the directory itself, as it is for a walk.
+ */
+int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices,
+                          int count, uint8_t *out, uint32_t size)
+{
+    enum { CHUNK = 32768, FIXED = 13 + 8 + 1 + 2 };
+    _Alignas(8) uint8_t chunk[CHUNK];
+    uint32_t used = 0;
+    for (;;) {
+        /* An entry takes about as much here as there: reading much more than fits is wasted. */
+        uint32_t want = size - used < CHUNK ? size - used : CHUNK;
+        int64_t got = nd_getdents(fd, offset, chunk, want < 512 ? 512 : want);
+        if (got <= 0)
+            return used ? (int64_t)used : got;
+        for (int64_t at = 0; at < got;) {
+            const struct dirent64_head *entry = (const struct dirent64_head *)(chunk + at);
+            const char *name = entry->name;
+            size_t length = strlen(name);
+            at += entry->reclen;
+            if (used + FIXED + length > size)
+                return used ? (int64_t)used : -EINVAL;
+            struct statx st;
+            int error = stat_fd(fd, at_root && !strcmp(name, "..") ? "" : name, &st);
+            offset = (uint64_t)entry->off;
+            if (error)
+                continue;
+            uint64_t path;
+            if (qid_path(&st, devices, count, &path))
+                return used ? (int64_t)used : -EDOM;
+            uint8_t *to = put_qid(out + used, &st, path);
+            to = put8(put64(to, offset), (uint8_t)((st.stx_mode & S_IFMT) >> 12)); /* IFTODT() */
+            memcpy(put16(to, (uint16_t)length), name, length);
+            used += FIXED + (uint32_t)length;
+        }
+    }
+}
+
+/*
+ * Creation runs under the guest user's identity, so an object never exists with a wrong owner.
+ * Raw system calls, because credentials are per thread and glibc's wrappers change all of them.
+ * NO_ID leaves an id as it is. Returns 0 or -EPERM; what cannot be undone ends the process.
+ */
+struct identity {
+    uint32_t uid, gid;
+};
+
+static uint32_t set_fs_id(long number, uint32_t id)
+{
+    return (uint32_t)syscall(number, id); /* returns the previous one, whether it worked or not */
+}
+
+static void restore(struct identity old)
+{
+    set_fs_id(SYS_setfsuid, old.uid);
+    set_fs_id(SYS_setfsgid, old.gid);
+    if (set_fs_id(SYS_setfsuid, NO_ID) != old.uid || set_fs_id(SYS_setfsgid, NO_ID) != old.gid)
+        abort();
+}
+
+static int assume(uint32_t uid, uint32_t gid, struct identity *old)
+{
+    old->gid = set_fs_id(SYS_setfsgid, gid);
+    old->uid = set_fs_id(SYS_setfsuid, uid);
+    if ((uid != NO_ID && set_fs_id(SYS_setfsuid, NO_ID) != uid) ||
+        (gid != NO_ID && set_fs_id(SYS_setfsgid, NO_ID) != gid)) {
+        restore(*old);
+        return -EPERM;
+    }
+    return 0;
+}
+
+#define AS(uid, gid, call)                                                                         \
+    struct identity old_;                                                                          \
+    int result_ = assume(uid, gid, &old_);                                                         \
+    if (result_ == 0) {                                                                            \
+        result_ = (call);                                                                          \
+        if (result_ == -1)                                                                         \
+            result_ = -errno;                                                                      \
+        restore(old_);                                                                             \
+    }                                                                                              \
+    return result_
+
+/* Create a regular file that must not exist yet; an open descriptor or -errno. */
+int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t uid,
+                     uint32_t gid)
+{
+    uint64_t how = (uint64_t)(unsigned int)flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_NOCTTY;
+    struct identity old;
+    int result = assume(uid, gid, &old);
+    if (result == 0) {
+        result = scoped_open(dirfd, name, how, mode);
+        restore(old);
+    }
+    return result;
+}
+
+int nd_mkdir(int dirfd, const char *name, uint32_t mode, uint32_t uid, uint32_t gid)
+{
+    AS(uid, gid, mkdirat(dirfd, name, mode));
+}
+
+int nd_symlink(const char *target, int dirfd, const char *name, uint32_t uid, uint32_t gid)
+{
+    AS(uid, gid, symlinkat(target, dirfd, name));
+}
+
+int nd_mknod(int dirfd, const char *name, uint32_t mode, uint32_t major_number,
+                    uint32_t minor_number, uint32_t uid, uint32_t gid)
+{
+    AS(uid, gid, mknodat(dirfd, name, mode, makedev(major_number, minor_number)));
+}
+
+int nd_chown(int fd, uint32_t uid, uint32_t gid)
+{
+    return fchownat(fd, "", uid, gid, AT_EMPTY_PATH) < 0 ? -errno : 0;
+}
+
+/* Times in seconds and nanoseconds; a nanosecond field may be UTIME_NOW or UTIME_OMIT. */
+int nd_utimens(int fd, int64_t atime_sec, int64_t atime_nsec, int64_t mtime_sec,
+                      int64_t mtime_nsec)
+{
+    struct timespec times[2] = {{atime_sec, atime_nsec}, {mtime_sec, mtime_nsec}};
+    return syscall(SYS_utimensat, fd, "", times, AT_EMPTY_PATH) < 0 ? -errno : 0;
+}
+
+int nd_fstatfs(int fd, nd_statfs *out)
+{
+    struct statfs st;
+    if (fstatfs(fd, &st) < 0)
+        return -errno;
+    uint64_t fsid = 0;
+    memcpy(&fsid, &st.f_fsid, sizeof st.f_fsid < sizeof fsid ? sizeof st.f_fsid : sizeof fsid);
+    *out = (nd_statfs){
+        .type = (uint64_t)st.f_type,
+        .bsize = (uint64_t)st.f_bsize,
+        .blocks = st.f_blocks,
+        .bfree = st.f_bfree,
+        .bavail = st.f_bavail,
+        .files = st.f_files,
+        .ffree = st.f_ffree,
+        .fsid = fsid,
+        .namelen = (uint64_t)st.f_namelen,
+    };
+    return 0;
+}
+
+/* This thread keeps its capabilities while its fsuid is a guest user's (capabilities(7),
+ * SECBIT_NO_SETUID_FIXUP): the guest kernel has checked permissions already, and a second check
+ * here would not know that user's supplementary groups. */
+int nd_keep_capabilities(void)
+{
+    int bits = prctl(PR_GET_SECUREBITS);
+    if (bits < 0 || prctl(PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) < 0)
+        return -errno;
+    return 0;
+}

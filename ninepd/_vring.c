@@ -1,0 +1,929 @@
+/*
+ * The split virtqueue of one virtio device, seen from the device, and the guest memory behind it.
+ *
+ * Theory of operation. The guest owns all shared memory and may rewrite it at any time. So each
+ * descriptor, indirect table and request header is copied once into private memory, and lengths,
+ * flags and addresses are checked and used on that copy only. Our own positions live here and are
+ * never read back from the guest. Bulk data is not copied by us at all: preadv2 and pwritev2 move
+ * it between a file and guest pages, and the kernel turns a bad page into EFAULT.
+ *
+ * One thread, the device thread, takes requests and publishes used elements. A slot (named by the
+ * head descriptor of its chain) belongs to whoever works on that request, from the batch that
+ * np_vring_wait() delivers until np_vring_push() returns it; the bulk functions touch the slot
+ * alone, so workers may call them meanwhile. Everything else happens while the ring is stopped.
+ *
+ * A malformed ring stops for good: `broken` says why in one sentence. A malformed request is still
+ * delivered, with `fault` set and each of its two byte streams ending at the first hole.
+ *
+ * Spec: virtio 1.3, sections 2.7 (split virtqueues) and 2.7.7, 2.7.10 (notification suppression).
+ */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <endian.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/magic.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#include <time.h>
+#include <unistd.h>
+
+/* cdef-begin */
+typedef struct np_memory np_memory;
+typedef struct np_vring np_vring;
+
+/* The two byte streams of a chain, each over all its descriptors of that direction. */
+enum { NP_READABLE, NP_WRITABLE };
+
+/* One request of a batch. fault: 0, or an errno: EFAULT (a buffer outside guest memory), E2BIG (too
+ * many segments), EBADMSG (no whole 9P header), ENOMEM. Totals count the bytes before any hole. */
+typedef struct {
+    uint32_t head, readable, writable, header_len, fault;
+} np_request;
+
+typedef struct {
+    uint32_t head, copy_len, used_len;
+} np_done;
+
+/* Written by the device thread, read by anybody. */
+typedef struct {
+    uint64_t requests, batches, kicks, calls, sleeps, spin_hits;
+    uint32_t in_flight;
+    uint16_t last_avail, used_index;
+} np_counters;
+
+/* Addresses are the front end's user addresses. What the pointers name belongs to the caller and
+ * outlives the ring: num * stride bytes of headers and replies, `batch` requests, num of done. */
+typedef struct {
+    uint32_t num;
+    uint64_t desc, used, avail;
+    uint16_t base;
+    bool event_idx, indirect;
+    int kick, call, wake;
+    uint32_t header_stride, reply_stride, batch;
+    uint8_t *headers, *replies;
+    np_request *requests;
+    np_done *done;
+    np_counters *counters;
+    uint16_t limits[256]; /* of the header copy, by message type: 7 to header_stride */
+} np_vring_config;
+
+static np_memory *np_memory_new(void);
+static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua, uint64_t offset,
+                         int fd);
+static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua);
+static void np_memory_clear(np_memory *m);
+static void np_memory_free(np_memory *m);
+
+static np_vring *np_vring_new(np_memory *m, const np_vring_config *config);
+static void np_vring_free(np_vring *v);
+static const char *np_vring_broken(np_vring *v);
+static void np_vring_set_call(np_vring *v, int fd);
+static int np_vring_wait(np_vring *v, uint32_t spin_us_max);
+static void np_vring_wake(np_vring *v);
+static int np_vring_push(np_vring *v, uint32_t count);
+static int np_vring_copy(np_vring *v, int stream, uint32_t head, uint64_t skip, uint8_t *data,
+                         uint64_t len);
+static int64_t np_vring_move(np_vring *v, int stream, uint32_t head, uint64_t skip, int fd,
+                             uint64_t count, int64_t offset, int flags);
+static void np_signal(int fd);
+/* cdef-end */
+
+static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* ---- Guest memory ---- */
+
+#define REGIONS_MAX 509 /* what vhost-user's GET_MAX_MEM_SLOTS promises */
+
+struct region {
+    uint64_t gpa, ua, size;
+    uint8_t *host;
+    uint8_t *map; /* host rounded down to a page, for munmap */
+    size_t map_len;
+    struct mapping *mapping;
+};
+
+struct np_memory {
+    uint32_t count;
+    struct region regions[REGIONS_MAX]; /* sorted by gpa */
+    atomic_bool lost;                   /* the front end truncated the file behind a region */
+};
+
+/*
+ * A front end can truncate the file behind its memory; touching such a page raises SIGBUS. The
+ * handler finds the mapping here, puts a private zero page in the hole and flags the memory, and
+ * the ring stops at its next look. A handler may take no lock, so entries are claimed and
+ * published by atomics alone.
+ */
+#define CLAIMED ((uintptr_t)1)
+
+static struct mapping {
+    atomic_uintptr_t start, end; /* start: 0 free, CLAIMED being filled in */
+    atomic_size_t page;
+    _Atomic(atomic_bool *) lost;
+} mappings[8192];
+
+static struct sigaction previous_sigbus;
+
+static bool patch_hole(uintptr_t at) {
+    for (size_t i = 0; i < sizeof(mappings) / sizeof(mappings[0]); i++) {
+        struct mapping *entry = &mappings[i];
+        uintptr_t start = atomic_load(&entry->start);
+        if (start <= CLAIMED || at < start || at >= atomic_load(&entry->end))
+            continue;
+        size_t page = atomic_load(&entry->page);
+        atomic_bool *lost = atomic_load(&entry->lost);
+        if (atomic_load(&entry->start) != start)
+            continue; /* the entry changed hands while we read it */
+        void *hole = (void *)(at & ~(page - 1));
+        if (mmap(hole, page, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+            return false;
+        atomic_store(lost, true);
+        return true;
+    }
+    return false;
+}
+
+static void on_sigbus(int number, siginfo_t *info, void *context) {
+    int saved = errno;
+    (void)context;
+    if (info->si_code <= 0 || !patch_hole((uintptr_t)info->si_addr)) {
+        /* Not ours: the old disposition gets it, by the same instruction faulting again. */
+        sigaction(number, &previous_sigbus, NULL);
+        if (info->si_code <= 0)
+            raise(number);
+    }
+    errno = saved;
+}
+
+static void install_sigbus_handler(void) {
+    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+    sigaction(SIGBUS, &action, &previous_sigbus);
+}
+
+static struct mapping *claim_mapping(void) {
+    for (size_t i = 0; i < sizeof(mappings) / sizeof(mappings[0]); i++) {
+        uintptr_t expected = 0;
+        if (atomic_compare_exchange_strong(&mappings[i].start, &expected, CLAIMED))
+            return &mappings[i];
+    }
+    return NULL;
+}
+
+static bool overlap(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len) {
+    return a - b < b_len || b - a < a_len;
+}
+
+/* Where gpa lies among the sorted regions: the first one that starts above it. */
+static uint32_t upper_bound(const np_memory *m, uint64_t gpa) {
+    uint32_t low = 0, high = m->count;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (m->regions[middle].gpa <= gpa)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/*
+ * The host address of a guest buffer, and in *len how many of its bytes lie together there. The
+ * hint is the caller's last hit: a private one per ring needs no atomics.
+ */
+static uint8_t *resolve(const np_memory *m, uint64_t gpa, uint64_t *len, uint32_t *hint) {
+    const struct region *r = &m->regions[*hint];
+    if (*hint >= m->count || gpa - r->gpa >= r->size) {
+        uint32_t above = upper_bound(m, gpa);
+        if (above == 0)
+            return NULL;
+        r = &m->regions[above - 1];
+        if (gpa - r->gpa >= r->size)
+            return NULL;
+        *hint = above - 1;
+    }
+    uint64_t at = gpa - r->gpa;
+    *len = min(*len, r->size - at);
+    return r->host + at;
+}
+
+/* User addresses matter only when a ring starts: a linear search will do. */
+static uint8_t *find_ua(const np_memory *m, uint64_t ua, uint64_t len) {
+    for (uint32_t i = 0; i < m->count; i++) {
+        const struct region *r = &m->regions[i];
+        if (ua - r->ua < r->size && len <= r->size - (ua - r->ua))
+            return r->host + (ua - r->ua);
+    }
+    return NULL;
+}
+
+static np_memory *np_memory_new(void) { return calloc(1, sizeof(np_memory)); }
+
+static int map_region(struct region *r, uint64_t offset, int fd, size_t *page) {
+    struct stat status;
+    struct statfs fs;
+    if (fstat(fd, &status) < 0 || fstatfs(fd, &fs) < 0)
+        return -errno;
+    if (S_ISREG(status.st_mode) && (uint64_t)status.st_size < offset + r->size)
+        return -ENXIO;
+    *page = fs.f_type == HUGETLBFS_MAGIC ? (size_t)fs.f_bsize : (size_t)sysconf(_SC_PAGESIZE);
+    uint64_t excess = offset & (*page - 1);
+    r->map_len = (excess + r->size + *page - 1) & ~(*page - 1);
+    r->map = mmap(NULL, r->map_len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd,
+                  (off_t)(offset - excess));
+    if (r->map == MAP_FAILED)
+        return -errno;
+    r->host = r->map + excess;
+    /* Best effort: keep guest RAM out of core dumps and out of children. */
+    madvise(r->map, r->map_len, MADV_DONTDUMP);
+    madvise(r->map, r->map_len, MADV_DONTFORK);
+    return 0;
+}
+
+static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua, uint64_t offset,
+                         int fd) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    struct region r = {.gpa = gpa, .ua = ua, .size = size};
+    size_t page;
+    if (size == 0 || gpa + size < gpa || ua + size < ua || size > INT64_MAX ||
+        offset > INT64_MAX - size)
+        return -EINVAL;
+    for (uint32_t i = 0; i < m->count; i++)
+        if (overlap(gpa, size, m->regions[i].gpa, m->regions[i].size) ||
+            overlap(ua, size, m->regions[i].ua, m->regions[i].size))
+            return -EEXIST;
+    if (m->count == REGIONS_MAX || !(r.mapping = claim_mapping()))
+        return -ENOSPC;
+    pthread_once(&once, install_sigbus_handler);
+    int error = map_region(&r, offset, fd, &page);
+    if (error) {
+        atomic_store(&r.mapping->start, 0);
+        return error;
+    }
+    atomic_store(&r.mapping->end, (uintptr_t)r.map + r.map_len);
+    atomic_store(&r.mapping->page, page);
+    atomic_store(&r.mapping->lost, &m->lost);
+    atomic_store(&r.mapping->start, (uintptr_t)r.map);
+    uint32_t at = upper_bound(m, gpa);
+    memmove(&m->regions[at + 1], &m->regions[at], (m->count - at) * sizeof(r));
+    m->regions[at] = r;
+    m->count++;
+    return 0;
+}
+
+static void unmap_region(struct region *r) {
+    atomic_store(&r->mapping->start, 0);
+    munmap(r->map, r->map_len);
+}
+
+static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua) {
+    uint32_t above = upper_bound(m, gpa);
+    struct region *r = above ? &m->regions[above - 1] : NULL;
+    if (!r || r->gpa != gpa || r->size != size || r->ua != ua)
+        return -ENOENT;
+    unmap_region(r);
+    m->count--;
+    memmove(r, r + 1, (m->count + 1 - above) * sizeof(*r));
+    return 0;
+}
+
+static void np_memory_clear(np_memory *m) {
+    while (m->count)
+        unmap_region(&m->regions[--m->count]);
+    atomic_store(&m->lost, false);
+}
+
+static void np_memory_free(np_memory *m) {
+    np_memory_clear(m);
+    free(m);
+}
+
+/* ---- Signals to the front end ---- */
+
+/*
+ * Call and error descriptors are eventfds, except in User-Mode Linux, where they are stream
+ * sockets. The open file is shared with the front end, so its flags are not ours to change: one
+ * that may block is asked first, for a front end must not stall us by not reading.
+ */
+enum signal_kind { SIGNAL_NONE, SIGNAL_EVENT, SIGNAL_BLOCKING, SIGNAL_SOCKET };
+
+static enum signal_kind signal_kind(int fd) {
+    struct stat status;
+    if (fd < 0 || fstat(fd, &status) < 0)
+        return SIGNAL_NONE;
+    if (S_ISSOCK(status.st_mode))
+        return SIGNAL_SOCKET;
+    return fcntl(fd, F_GETFL) & O_NONBLOCK ? SIGNAL_EVENT : SIGNAL_BLOCKING;
+}
+
+/* A failure to write means that the peer has a signal pending (EAGAIN) or is gone: no harm. */
+static void send_signal(int fd, enum signal_kind kind) {
+    const uint64_t one = 1;
+    struct pollfd ready = {.fd = fd, .events = POLLOUT};
+    ssize_t sent = 0;
+    if (kind == SIGNAL_SOCKET)
+        sent = send(fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL);
+    else if (kind == SIGNAL_EVENT || (kind == SIGNAL_BLOCKING && poll(&ready, 1, 0) == 1))
+        sent = write(fd, &one, sizeof(one));
+    (void)sent;
+}
+
+static void np_signal(int fd) { send_signal(fd, signal_kind(fd)); }
+
+/* ---- The ring ---- */
+
+#define DESC_SIZE 16
+#define RING_MAX 32768
+#define IDLE_KICKS_MAX 64
+#define SEGMENTS_MIN 1024 /* Linux sends 128-entry tables on a 64-entry ring */
+
+enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
+enum { AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
+enum { FLAGS, INDEX, RING }; /* u16 places in the avail and used areas */
+
+struct descriptor {
+    uint64_t addr;
+    uint32_t len;
+    uint16_t flags, next;
+};
+
+struct stream {
+    uint32_t count; /* of segments */
+    uint64_t bytes;
+};
+
+struct slot {
+    struct iovec *iov; /* the readable stream's segments, then the writable one's */
+    uint32_t capacity;
+    struct stream stream[2];
+    bool in_flight;
+};
+
+struct np_vring {
+    np_vring_config config;
+    np_counters *counters;
+    np_memory *memory;
+    uint32_t hint, segments_max;
+    _Atomic uint64_t *desc; /* two words each */
+    _Atomic uint16_t *avail, *used;
+    _Atomic uint32_t *used_ring; /* id, len */
+    enum signal_kind call_kind;
+    bool called;         /* a notify decision has been made... */
+    uint16_t call_index; /* ...and this was the used index then */
+    uint64_t window_ns;  /* how long to spin before sleeping */
+    uint32_t idle_kicks;
+    atomic_bool woken, asleep;
+    char broken[200];
+    uint64_t table[2 * SEGMENTS_MIN]; /* the indirect table being walked */
+    struct slot slots[];
+};
+
+__attribute__((format(printf, 2, 3))) static int broken(np_vring *v, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(v->broken, sizeof(v->broken), format, args);
+    va_end(args);
+    return -1;
+}
+
+static bool lost(np_vring *v) {
+    return atomic_load(&v->memory->lost) &&
+           broken(v, "guest memory vanished: the front end truncated the file behind it");
+}
+
+static uint16_t load16(_Atomic uint16_t *p, memory_order order) {
+    return le16toh(atomic_load_explicit(p, order));
+}
+
+static void store16(_Atomic uint16_t *p, uint16_t value, memory_order order) {
+    atomic_store_explicit(p, htole16(value), order);
+}
+
+/* Guest bytes copied out: what was read is now read for good, the compiler may not look again. */
+static void copy_in(void *to, const void *guest, size_t len) {
+    memcpy(to, guest, len);
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+static uint8_t *locate(np_vring *v, const char *what, uint64_t ua, uint64_t len, uint32_t align) {
+    uint8_t *host = find_ua(v->memory, ua, len);
+    if (!host)
+        broken(v, "the %s (%llu bytes at 0x%llx) is not inside one memory region (%u known)", what,
+               (unsigned long long)len, (unsigned long long)ua, v->memory->count);
+    else if (((uintptr_t)host | ua) % align)
+        broken(v, "the %s at 0x%llx is not aligned to %u bytes", what, (unsigned long long)ua,
+               align);
+    else
+        return host;
+    return NULL;
+}
+
+static void locate_ring(np_vring *v) {
+    const np_vring_config *c = &v->config;
+    uint64_t event = c->event_idx ? 2 : 0, desc_len = 16ull * c->num,
+             avail_len = 4 + 2ull * c->num + event, used_len = 4 + 8ull * c->num + event;
+    uint8_t *desc, *avail, *used;
+    if (!(desc = locate(v, "descriptor table", c->desc, desc_len, 16)) ||
+        !(avail = locate(v, "available ring", c->avail, avail_len, 2)) ||
+        !(used = locate(v, "used ring", c->used, used_len, 4)))
+        return;
+    if (overlap(c->desc, desc_len, c->avail, avail_len) ||
+        overlap(c->desc, desc_len, c->used, used_len) ||
+        overlap(c->avail, avail_len, c->used, used_len))
+        broken(v, "the descriptor table, available ring and used ring overlap");
+    v->desc = (_Atomic uint64_t *)desc;
+    v->avail = (_Atomic uint16_t *)avail;
+    v->used = (_Atomic uint16_t *)used;
+    v->used_ring = (_Atomic uint32_t *)(used + 4);
+    /* The only time the guest's copy counts: a resumed ring goes on where it was left. */
+    v->counters->used_index = load16(&v->used[INDEX], memory_order_relaxed);
+}
+
+/* NULL only for want of memory; a ring that cannot work comes back broken. */
+static np_vring *np_vring_new(np_memory *m, const np_vring_config *config) {
+    uint32_t num = config->num;
+    bool valid = num && num <= RING_MAX && !(num & (num - 1));
+    np_vring *v = calloc(1, sizeof(*v) + (valid ? num : 0) * sizeof(v->slots[0]));
+    if (!v)
+        return NULL;
+    v->memory = m;
+    v->config = *config;
+    v->counters = config->counters;
+    v->counters->last_avail = config->base;
+    v->segments_max = num > SEGMENTS_MIN ? num : SEGMENTS_MIN;
+    np_vring_set_call(v, config->call);
+    if (valid)
+        locate_ring(v);
+    else
+        broken(v, "a ring of %u entries: not a power of two up to %d", num, RING_MAX);
+    return v;
+}
+
+static void np_vring_free(np_vring *v) {
+    for (uint32_t i = 0; v->desc && i < v->config.num; i++)
+        free(v->slots[i].iov);
+    free(v);
+}
+
+static const char *np_vring_broken(np_vring *v) { return v->broken; }
+
+static void np_vring_set_call(np_vring *v, int fd) {
+    v->config.call = fd;
+    v->call_kind = signal_kind(fd);
+}
+
+/* ---- Streams: the readable or writable bytes of a chain ---- */
+
+struct tail {
+    const struct iovec *iov; /* what is left of the stream */
+    size_t offset;           /* into the first segment */
+    uint64_t bytes;
+};
+
+static struct tail tail_of(const struct slot *slot, int stream, uint64_t skip) {
+    const struct stream *s = &slot->stream[stream];
+    struct tail tail = {.iov = slot->iov};
+    if (stream == NP_WRITABLE)
+        tail.iov += slot->stream[NP_READABLE].count;
+    if (skip >= s->bytes)
+        return tail;
+    tail.bytes = s->bytes - skip;
+    while (skip >= tail.iov->iov_len)
+        skip -= tail.iov++->iov_len;
+    tail.offset = skip;
+    return tail;
+}
+
+/* The next contiguous piece, of no more than want bytes; want and the tail must not be empty. */
+static struct iovec next_piece(struct tail *tail, size_t want) {
+    size_t room = tail->iov->iov_len - tail->offset;
+    struct iovec piece = {.iov_base = (uint8_t *)tail->iov->iov_base + tail->offset,
+                          .iov_len = min(want, room)};
+    tail->bytes -= piece.iov_len;
+    tail->offset += piece.iov_len;
+    if (piece.iov_len == room) {
+        tail->iov++;
+        tail->offset = 0;
+    }
+    return piece;
+}
+
+/* From data into the writable stream, or out of the readable one; the stream is long enough. */
+static void copy(const struct slot *slot, int stream, uint64_t skip, uint8_t *data, size_t len) {
+    struct tail tail = tail_of(slot, stream, skip);
+    while (len) {
+        struct iovec piece = next_piece(&tail, len);
+        if (stream == NP_WRITABLE)
+            memcpy(piece.iov_base, data, piece.iov_len);
+        else
+            copy_in(data, piece.iov_base, piece.iov_len);
+        data += piece.iov_len;
+        len -= piece.iov_len;
+    }
+}
+
+/* ---- Taking requests ---- */
+
+static struct descriptor descriptor(uint64_t addr, uint64_t rest) {
+    rest = le64toh(rest);
+    return (struct descriptor){le64toh(addr), (uint32_t)rest, (uint16_t)(rest >> 32),
+                               (uint16_t)(rest >> 48)};
+}
+
+static struct descriptor load_descriptor(np_vring *v, uint32_t at) {
+    return descriptor(atomic_load_explicit(&v->desc[2 * at], memory_order_relaxed),
+                      atomic_load_explicit(&v->desc[2 * at + 1], memory_order_relaxed));
+}
+
+/* Copies an indirect table, which may cross regions, and returns its number of entries or -1. */
+static int load_table(np_vring *v, struct descriptor d) {
+    if (!v->config.indirect)
+        return broken(v, "an indirect descriptor, but the feature was not negotiated");
+    if (d.flags & DESC_NEXT)
+        return broken(v, "a descriptor with both INDIRECT and NEXT");
+    if (d.len == 0 || d.len % DESC_SIZE || d.len > sizeof(v->table))
+        return broken(v, "an indirect table of %u bytes", d.len);
+    for (uint64_t done = 0, n; done < d.len; done += n) {
+        n = d.len - done;
+        uint8_t *host = resolve(v->memory, d.addr + done, &n, &v->hint);
+        if (!host)
+            return broken(v, "an indirect table outside guest memory, at 0x%llx",
+                          (unsigned long long)d.addr);
+        copy_in((uint8_t *)v->table + done, host, n);
+    }
+    return (int)(d.len / DESC_SIZE);
+}
+
+static bool grow(struct slot *slot, uint32_t limit) {
+    uint32_t capacity = (uint32_t)min(slot->capacity ? 2 * slot->capacity : 8, limit);
+    struct iovec *iov = realloc(slot->iov, capacity * sizeof(*iov));
+    if (!iov)
+        return false;
+    slot->iov = iov;
+    slot->capacity = capacity;
+    return true;
+}
+
+/* Adds a guest buffer to a stream, in as few segments as our mappings allow; 0 or a fault. */
+static uint32_t append(np_vring *v, struct slot *slot, int direction, uint64_t addr, uint64_t len) {
+    struct stream *s = &slot->stream[direction];
+    for (uint64_t n; len; addr += n, len -= n) { /* regions end below 2^64: addr cannot wrap */
+        uint32_t used = slot->stream[NP_READABLE].count + slot->stream[NP_WRITABLE].count;
+        struct iovec *last = s->count ? &slot->iov[used - 1] : NULL;
+        n = len;
+        uint8_t *host = resolve(v->memory, addr, &n, &v->hint);
+        if (!host)
+            return EFAULT;
+        if (last && (uint8_t *)last->iov_base + last->iov_len == host) {
+            last->iov_len += n;
+        } else {
+            if (used == v->segments_max)
+                return E2BIG;
+            if (used == slot->capacity && !grow(slot, v->segments_max))
+                return ENOMEM;
+            slot->iov[used] = (struct iovec){.iov_base = host, .iov_len = n};
+            s->count++;
+        }
+        s->bytes += n;
+    }
+    return 0;
+}
+
+/* The fixed part of the message. The first seven bytes say how long that is; they are kept. */
+static uint32_t copy_header(np_vring *v, uint32_t head) {
+    enum { PREFIX = 7, TYPE = 4 };
+    const struct slot *slot = &v->slots[head];
+    uint8_t *header = v->config.headers + (size_t)head * v->config.header_stride;
+    uint64_t len = slot->stream[NP_READABLE].bytes;
+    copy(slot, NP_READABLE, 0, header, min(len, PREFIX));
+    if (len > PREFIX) {
+        len = min(len, v->config.limits[header[TYPE]]);
+        copy(slot, NP_READABLE, PREFIX, header + PREFIX, len - PREFIX);
+    }
+    return (uint32_t)len;
+}
+
+static int take(np_vring *v, uint32_t head, np_request *request) {
+    if (head >= v->config.num)
+        return broken(v, "head %u is available on a ring of %u", head, v->config.num);
+    struct slot *slot = &v->slots[head];
+    if (slot->in_flight)
+        return broken(v, "head %u is available again while in flight", head);
+    memset(slot->stream, 0, sizeof(slot->stream));
+    uint32_t fault = 0, size = v->config.num, left = size, at = head;
+    bool closed[2] = {false, false}, in_table = false;
+    int direction = NP_READABLE;
+    for (;;) {
+        struct descriptor d =
+            in_table ? descriptor(v->table[2 * at], v->table[2 * at + 1]) : load_descriptor(v, at);
+        if (d.flags & DESC_INDIRECT) {
+            int entries = in_table ? broken(v, "an INDIRECT descriptor inside an indirect table")
+                                   : load_table(v, d);
+            if (entries < 0)
+                return -1;
+            in_table = true;
+            size = left = (uint32_t)entries;
+            at = 0;
+            continue;
+        }
+        if (d.flags & DESC_WRITE)
+            direction = NP_WRITABLE;
+        else if (direction == NP_WRITABLE)
+            return broken(v, "a readable descriptor after a writable one, head %u", head);
+        if (!closed[direction]) {
+            uint32_t error = append(v, slot, direction, d.addr, d.len);
+            if (error) {
+                fault = error;
+                closed[direction] = true; /* the stream ends at its first hole */
+            }
+        }
+        if (!(d.flags & DESC_NEXT))
+            break;
+        if (--left == 0)
+            return broken(v, "a descriptor chain that loops, head %u", head);
+        if (d.next >= size)
+            return broken(v, "descriptor %u is chained in a table of %u", d.next, size);
+        at = d.next;
+    }
+    slot->in_flight = true;
+    v->counters->in_flight++;
+    uint32_t header_len = copy_header(v, head);
+    if (!fault && header_len < 7)
+        fault = EBADMSG;
+    *request =
+        (np_request){head, (uint32_t)min(slot->stream[NP_READABLE].bytes, UINT32_MAX),
+                     (uint32_t)min(slot->stream[NP_WRITABLE].bytes, UINT32_MAX), header_len, fault};
+    return 0;
+}
+
+static uint16_t available(np_vring *v) {
+    uint16_t index = load16(&v->avail[INDEX], memory_order_acquire);
+    return (uint16_t)(index - v->counters->last_avail);
+}
+
+/* Requests before a malformed one are delivered; the next call then reports the broken ring. */
+static int take_batch(np_vring *v) {
+    uint32_t n = available(v), taken = 0;
+    if (lost(v))
+        return -1;
+    if (n > v->config.num)
+        return broken(v, "avail.idx is %u entries ahead on a ring of %u", n, v->config.num);
+    n = (uint32_t)min(n, v->config.batch);
+    for (; taken < n; taken++, v->counters->last_avail++) {
+        uint32_t at = v->counters->last_avail & (v->config.num - 1);
+        uint16_t head = load16(&v->avail[RING + at], memory_order_relaxed);
+        if (take(v, head, &v->config.requests[taken]) < 0)
+            break;
+    }
+    if (lost(v))
+        return -1; /* what was just copied may be zeros */
+    v->counters->requests += taken;
+    v->counters->batches += taken > 0;
+    return taken < n && taken == 0 ? -1 : (int)taken;
+}
+
+/* ---- Waiting ---- */
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield" ::: "memory");
+#endif
+}
+
+static bool something(np_vring *v) {
+    return available(v) || atomic_load_explicit(&v->woken, memory_order_relaxed) ||
+           atomic_load_explicit(&v->memory->lost, memory_order_relaxed);
+}
+
+static bool spin(np_vring *v, uint64_t start) {
+    while (now_ns() - start < v->window_ns)
+        for (int i = 0; i < 16; i++) {
+            if (something(v))
+                return true;
+            relax();
+        }
+    return false;
+}
+
+/* While we work, kicks are unwanted: with EVENT_IDX a stale avail_event sees to that. */
+static void allow_kicks(np_vring *v, bool allow) {
+    if (!v->config.event_idx)
+        store16(&v->used[FLAGS], allow ? 0 : USED_NO_NOTIFY, memory_order_relaxed);
+    else if (allow)
+        store16(&v->used[RING + 4 * v->config.num], v->counters->last_avail, memory_order_relaxed);
+}
+
+/*
+ * Takes what poll() found readable. A kick may be a blocking eventfd that another process reads as
+ * well; RWF_NOWAIT keeps us from hanging in it. The end of a file would be readable for ever.
+ */
+static int drain(np_vring *v, const char *what, int fd) {
+    uint64_t value;
+    struct iovec iov = {.iov_base = &value, .iov_len = sizeof(value)};
+    ssize_t n = preadv2(fd, &iov, 1, -1, RWF_NOWAIT);
+    if (n < 0 && errno == EOPNOTSUPP)
+        n = read(fd, &value, sizeof(value));
+    if (n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR)))
+        return 0;
+    return broken(v, "the %s descriptor fails: %s", what, n ? strerror(errno) : "end of file");
+}
+
+/* One sleep until the kick or the wake descriptor fires; 0, or -1 with the ring broken. */
+static int doze(np_vring *v) {
+    struct pollfd fds[2] = {{.fd = v->config.wake, .events = POLLIN},
+                            {.fd = v->config.kick, .events = POLLIN}};
+    /* Without a kick descriptor, or after many kicks for nothing: look every millisecond. */
+    bool scan = v->config.kick < 0 || v->idle_kicks > IDLE_KICKS_MAX;
+    v->counters->sleeps++;
+    if (poll(fds, scan ? 1 : 2, scan ? 1 : -1) < 0)
+        return errno == EINTR ? 0 : broken(v, "poll: %s", strerror(errno));
+    if (fds[0].revents) {
+        atomic_store(&v->woken, true);
+        if (drain(v, "wake", v->config.wake) < 0)
+            return -1;
+    }
+    if (scan) {
+        v->idle_kicks = IDLE_KICKS_MAX;
+    } else if (fds[1].revents) {
+        v->counters->kicks++;
+        v->idle_kicks++;
+        return drain(v, "kick", v->config.kick);
+    }
+    return 0;
+}
+
+/*
+ * Returns when there is something to look at. How long to spin first is learnt as KVM learns its
+ * halt_poll_ns (virt/kvm/kvm_main.c, kvm_vcpu_halt): a gap that spinning would have caught opens
+ * the window to twice that gap, one far longer halves it, so an idle ring soon does not spin.
+ */
+static int idle(np_vring *v, uint64_t max_ns) {
+    uint64_t start = now_ns();
+    v->window_ns = min(v->window_ns, max_ns);
+    if (v->window_ns && spin(v, start)) {
+        v->counters->spin_hits++;
+        return 0;
+    }
+    int result = 0;
+    allow_kicks(v, true);
+    atomic_store(&v->asleep, true);
+    /* Either the driver sees our wish for a kick, or we see its new index. */
+    atomic_thread_fence(memory_order_seq_cst);
+    while (result == 0 && !something(v))
+        result = doze(v);
+    atomic_store(&v->asleep, false);
+    allow_kicks(v, false);
+    v->idle_kicks = 0;
+    uint64_t gap = now_ns() - start;
+    if (gap < max_ns)
+        v->window_ns = min(2 * gap, max_ns);
+    else
+        v->window_ns = v->window_ns > 2000 ? v->window_ns / 2 : 0;
+    return result;
+}
+
+/*
+ * The number of requests taken, now in config.requests; 0 after a wake alone; -1 when the ring is
+ * broken. A wake is consumed by whichever return comes next, so the caller looks at what it may
+ * have been woken for after each.
+ */
+static int np_vring_wait(np_vring *v, uint32_t spin_us_max) {
+    if (v->broken[0] || (!something(v) && idle(v, 1000ull * spin_us_max) < 0))
+        return -1;
+    if (atomic_load_explicit(&v->woken, memory_order_relaxed))
+        atomic_exchange(&v->woken, false);
+    return take_batch(v);
+}
+
+/* From any thread. A system call only if the device thread sleeps. */
+static void np_vring_wake(np_vring *v) {
+    atomic_store(&v->woken, true);
+    if (atomic_load(&v->asleep))
+        np_signal(v->config.wake);
+}
+
+/* ---- Returning requests ---- */
+
+static struct slot *slot_in_flight(np_vring *v, uint32_t head) {
+    return head < v->config.num && v->slots[head].in_flight ? &v->slots[head] : NULL;
+}
+
+static void notify(np_vring *v) {
+    uint16_t old = v->call_index, new = v->counters->used_index;
+    bool wanted;
+    /* The index store above must be visible before we read what the driver wants. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (v->config.event_idx) {
+        uint16_t event = load16(&v->avail[RING + v->config.num], memory_order_relaxed);
+        wanted = !v->called || (uint16_t)(new - event - 1) < (uint16_t)(new - old);
+    } else {
+        wanted = !(load16(&v->avail[FLAGS], memory_order_relaxed) & AVAIL_NO_INTERRUPT);
+    }
+    v->called = true;
+    v->call_index = new;
+    if (wanted && v->call_kind != SIGNAL_NONE) {
+        v->counters->calls++;
+        send_signal(v->config.call, v->call_kind);
+    }
+}
+
+/* Publishes config.done[0..count); -EINVAL at an entry that names no request or does not fit. */
+static int np_vring_push(np_vring *v, uint32_t count) {
+    int result = 0;
+    uint32_t i;
+    if (count > v->config.num)
+        return -EINVAL;
+    for (i = 0; i < count; i++) {
+        np_done done = v->config.done[i];
+        struct slot *slot = slot_in_flight(v, done.head);
+        if (!slot || done.copy_len > v->config.reply_stride ||
+            done.copy_len > slot->stream[NP_WRITABLE].bytes ||
+            done.used_len > slot->stream[NP_WRITABLE].bytes) {
+            result = -EINVAL;
+            break;
+        }
+        copy(slot, NP_WRITABLE, 0, v->config.replies + (size_t)done.head * v->config.reply_stride,
+             done.copy_len);
+        uint32_t at = 2 * ((v->counters->used_index + i) & (v->config.num - 1));
+        atomic_store_explicit(&v->used_ring[at], htole32(done.head), memory_order_relaxed);
+        atomic_store_explicit(&v->used_ring[at + 1], htole32(done.used_len), memory_order_relaxed);
+        slot->in_flight = false;
+    }
+    if (i) {
+        v->counters->in_flight -= i;
+        v->counters->used_index += (uint16_t)i;
+        store16(&v->used[INDEX], v->counters->used_index, memory_order_release);
+        notify(v);
+    }
+    return result;
+}
+
+/* ---- Bulk data, for whoever owns the slot ---- */
+
+/* Between data and a stream, all or nothing: a reply is never cut short. */
+static int np_vring_copy(np_vring *v, int stream, uint32_t head, uint64_t skip, uint8_t *data,
+                         uint64_t len) {
+    struct slot *slot = slot_in_flight(v, head);
+    if (!slot)
+        return -EINVAL;
+    if (len > tail_of(slot, stream, skip).bytes)
+        return -EMSGSIZE;
+    copy(slot, stream, skip, data, len);
+    return atomic_load(&v->memory->lost) ? -EFAULT : 0;
+}
+
+/* Moves up to count bytes between a file and a stream; fewer at the end of either, or after a
+ * short read or write. An error is reported only if nothing was moved before it. */
+static int64_t np_vring_move(np_vring *v, int stream, uint32_t head, uint64_t skip, int fd,
+                             uint64_t count, int64_t offset, int flags) {
+    struct iovec window[IOV_MAX];
+    struct slot *slot = slot_in_flight(v, head);
+    int64_t total = 0;
+    if (!slot)
+        return -EINVAL;
+    struct tail tail = tail_of(slot, stream, skip);
+    count = min(count, tail.bytes);
+    while (count) {
+        uint64_t wanted = 0;
+        int pieces = 0;
+        while (wanted < count && pieces < IOV_MAX) {
+            window[pieces] = next_piece(&tail, count - wanted);
+            wanted += window[pieces++].iov_len;
+        }
+        int64_t at = offset < 0 ? -1 : offset + total;
+        ssize_t n = stream == NP_WRITABLE ? preadv2(fd, window, pieces, at, flags)
+                                          : pwritev2(fd, window, pieces, at, flags);
+        if (n < 0)
+            return total ? total : -errno;
+        total += n;
+        count -= wanted;
+        if ((uint64_t)n < wanted)
+            break;
+    }
+    return total;
+}

@@ -1,0 +1,202 @@
+"""The command line: options in, a Config out. The only printing and exiting."""
+
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+import click
+import uvloop
+
+from ninepd import __version__, config, qemu
+from ninepd.daemon import serve as serve_exports
+from ninepd.errors import UsageError
+
+USAGE_ERROR: Final = 2
+CAPABILITIES: Final = {"type": "9p", "features": []}
+"""QEMU's docs/interop/vhost-user.json, VhostUserBackendCapabilities."""
+
+_TRACE_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_FORMAT: Final = "ninepd: %(message)s"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"ninepd: {message}", file=sys.stderr)  # noqa: T201 - the one place for it
+    sys.exit(USAGE_ERROR)
+
+
+def _run(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command; whatever the user got wrong is one line and exit status 2."""
+    try:
+        result = command.main(arguments, name, standalone_mode=False)
+    except click.UsageError as error:
+        _fail(error.format_message())
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except UsageError as error:
+        _fail(str(error))
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def main() -> NoReturn:
+    """Entry point of ``ninepd``."""
+    _run(cli, "ninepd")
+
+
+def vhost_user_9p() -> NoReturn:
+    """Entry point of ``vhost-user-9p``: the same daemon under QEMU's backend-program conventions.
+
+    Those name --socket-path, --fd and --print-capabilities; the rest are options of ``serve``.
+    """
+    if "--print-capabilities" in sys.argv[1:]:
+        _run(cli, "vhost-user-9p", ["--print-capabilities"])
+    _run(serve, "vhost-user-9p")
+
+
+def _print_capabilities(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        click.echo(json.dumps(CAPABILITIES))
+        context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ninepd")
+@click.option(
+    "--print-capabilities",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_capabilities,
+    help="Print what this back end is, as JSON, and exit.",
+)
+def cli() -> None:
+    """Serve host directories to virtual machines as 9P2000.L over vhost-user."""
+
+
+def _start_logging(verbose: bool, trace: bool) -> None:
+    level = logging.DEBUG if trace else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format=_TRACE_FORMAT if trace else _FORMAT)
+    logging.captureWarnings(capture=True)
+
+
+def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--socket-path", metavar="PATH", help="Listen on this unix socket."),
+        click.option(
+            "--fd", type=int, metavar="N", help="Use this open socket, listening or connected."
+        ),
+        click.option("--export", metavar="DIR", help="The directory to serve."),
+        click.option("--tag", help="The name that the guest mounts it by."),
+        click.option(
+            "--security-model",
+            metavar="MODEL",
+            default="passthrough",
+            show_default=True,
+            help="passthrough: owners and modes are real (needs root). "
+            "none: as far as this user may.",
+        ),
+        click.option("--readonly", is_flag=True, help="Let the guest change nothing."),
+        click.option(
+            "--msize-max",
+            type=int,
+            metavar="BYTES",
+            default=config.DEFAULT_MSIZE_MAX,
+            show_default=True,
+            help="Largest 9P message to agree on.",
+        ),
+        click.option(
+            "--poll-us",
+            type=int,
+            metavar="N",
+            default=config.DEFAULT_POLL_US,
+            show_default=True,
+            help="Wait at most N microseconds actively for the next request, then sleep.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _exports(config_path: str | None, single: dict[str, Any]) -> tuple[config.Export, ...]:
+    if config_path is not None:
+        if single["export"] is not None or single["tag"] is not None:
+            raise UsageError("--config: give --export and --tag in the file, or no --config")
+        return config.load(config_path)
+    for option in ("export", "tag"):
+        if single[option] is None:
+            raise UsageError(f"--{option} is missing")
+    return (config.Export(**single),)
+
+
+@cli.command(context_settings={"auto_envvar_prefix": "NINEPD"})
+@_export_options
+@click.option("--config", "config_path", metavar="FILE", help="Serve the exports of a TOML file.")
+@click.option("--once", is_flag=True, help="Exit when the first front end has left.")
+@click.option("-v", "--verbose", is_flag=True, help="Log front ends that come and go.")
+@click.option("--trace", is_flag=True, help="Log every message.")
+def serve(config_path: str | None, once: bool, verbose: bool, trace: bool, **single: Any) -> None:
+    """Serve a directory to the guests that connect, one at a time."""
+    chosen = config.Config(_exports(config_path, single), once)
+    _start_logging(verbose, trace)
+    uvloop.run(serve_exports(chosen))
+    # A worker that hangs on dead storage must not keep the process (Python would join it).
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+@cli.command("qemu-args", context_settings={"auto_envvar_prefix": "NINEPD"})
+@click.option("--socket-path", metavar="PATH", help="The socket that ninepd listens on.")
+@click.option("--tag", help="The tag that ninepd was given.")
+@click.option("--config", "config_path", metavar="FILE", help="For the exports of a TOML file.")
+@click.option("--memory", default="1G", show_default=True, help="Size of the guest's memory.")
+@click.option(
+    "--machine",
+    default="q35",
+    show_default=True,
+    help="QEMU machine type: q35, pc, virt or microvm.",
+)
+def qemu_args(
+    socket_path: str | None, tag: str | None, config_path: str | None, memory: str, machine: str
+) -> None:
+    """Print the QEMU arguments that put a guest in front of ninepd.
+
+    QEMU must be 10.2 or newer. Start ninepd first.
+    """
+    if config_path is not None:
+        pairs = []
+        for export in config.load(config_path):
+            if export.socket_path is None:
+                raise UsageError(f"--config: export {export.tag!r} has no socket-path")
+            pairs.append((export.socket_path, export.tag))
+    else:
+        if socket_path is None or tag is None:
+            raise UsageError("give --socket-path and --tag, or --config")
+        pairs = [(socket_path, tag)]
+    click.echo(shlex.join(qemu.arguments(pairs, memory, machine)))
+
+
+@cli.command(
+    context_settings={"auto_envvar_prefix": "NINEPD", "ignore_unknown_options": True},
+)
+@click.argument("directory", required=False, metavar="[DIR]")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+@click.option("--uml", is_flag=True, help="Boot User-Mode Linux instead of QEMU.")
+def demo(directory: str | None, command: tuple[str, ...], uml: bool) -> int:
+    """Boot a throw-away guest with DIR on /mnt, for a shell or for COMMAND.
+
+    Without DIR, show in a guest what ninepd is for.
+    """
+    # Guests are not needed to serve: their code is loaded only here.
+    import ninepd.demo as show
+
+    if directory is None:
+        return show.tour(uml)
+    if not os.path.isdir(directory):
+        raise UsageError(f"DIR: {directory} is not a directory")
+    return show.visit(directory, command, uml)

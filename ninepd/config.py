@@ -1,0 +1,153 @@
+"""What the user chose, checked once. Whatever cannot work is a UsageError that names the option."""
+
+import os
+import socket
+import stat
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Final
+
+from ninepd.errors import UsageError
+from ninepd.p9.messages import MIN_MSIZE
+
+TAG_MAX: Final = 254
+"""QEMU's config space has at most 256 bytes, two of them for the tag's length."""
+SUN_PATH_MAX: Final = 107
+"""unix(7): sun_path without its final NUL."""
+DEFAULT_MSIZE_MAX: Final = 1 << 20
+DEFAULT_POLL_US: Final = 100
+
+
+@dataclass(frozen=True)
+class Export:
+    """One directory, offered under one tag on one vhost-user socket."""
+
+    export: str
+    tag: str
+    socket_path: str | None = None
+    fd: int | None = None
+    security_model: str = "passthrough"
+    readonly: bool = False
+    msize_max: int = DEFAULT_MSIZE_MAX
+    poll_us: int = DEFAULT_POLL_US
+
+    def __post_init__(self) -> None:
+        self._check_directory()
+        self._check_tag()
+        self._check_socket()
+        if self.msize_max < MIN_MSIZE:
+            raise UsageError(f"--msize-max: {self.msize_max} is below {MIN_MSIZE}, the least")
+        if not 0 <= self.poll_us <= 10_000:
+            raise UsageError(f"--poll-us: {self.poll_us} is not between 0 and 10000")
+
+    @property
+    def config_space(self) -> bytes:
+        """What the guest's driver reads: length and bytes of the tag."""
+        tag = os.fsencode(self.tag)
+        return len(tag).to_bytes(2, "little") + tag
+
+    def _check_directory(self) -> None:
+        try:
+            mode = os.stat(self.export).st_mode
+        except FileNotFoundError:
+            raise UsageError(f"--export: {self.export} does not exist") from None
+        except OSError as error:
+            raise UsageError(f"--export: {self.export}: {error.strerror}") from None
+        if not stat.S_ISDIR(mode):
+            raise UsageError(f"--export: {self.export} is not a directory")
+        if not os.access(self.export, os.R_OK | os.X_OK, effective_ids=True):
+            raise UsageError(
+                f"--export: {self.export} cannot be read by this user; change its mode, "
+                "or run ninepd as a user who may"
+            )
+
+    def _check_tag(self) -> None:
+        size = len(os.fsencode(self.tag))
+        if not size:
+            raise UsageError("--tag: the tag is empty; guests mount the export by it")
+        if size > TAG_MAX:
+            raise UsageError(f"--tag: {size} bytes are too long, config space holds {TAG_MAX}")
+        if "\0" in self.tag:
+            raise UsageError("--tag: a tag cannot contain a NUL byte")
+
+    def _check_socket(self) -> None:
+        if (self.socket_path is None) == (self.fd is None):
+            raise UsageError("give one of --socket-path and --fd")
+        if self.socket_path is not None:
+            size = len(os.fsencode(self.socket_path))
+            if size > SUN_PATH_MAX:
+                raise UsageError(
+                    f"--socket-path: {size} bytes are too long for a socket, "
+                    f"{SUN_PATH_MAX} are allowed"
+                )
+        elif self.fd is not None:
+            try:
+                is_socket = stat.S_ISSOCK(os.fstat(self.fd).st_mode)
+            except OSError:
+                raise UsageError(f"--fd: descriptor {self.fd} is not open") from None
+            if not is_socket or _domain(self.fd) != socket.AF_UNIX:
+                raise UsageError(f"--fd: descriptor {self.fd} is no unix socket")
+
+
+def _domain(fd: int) -> int:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.family
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that ``ninepd serve`` needs."""
+
+    exports: tuple[Export, ...]
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.exports:
+            raise UsageError("--config: there is no [[export]] in it")
+        for what in ("tag", "socket_path", "fd"):
+            values = [v for export in self.exports if (v := getattr(export, what)) is not None]
+            for value in values:
+                if values.count(value) > 1:
+                    option = what.replace("_", "-")
+                    raise UsageError(f"--config: {option} {value!r} is used by two exports")
+
+
+_TYPES: Final = {str: "a string", int: "a whole number", bool: "true or false"}
+
+
+def _export_from(table: Mapping[str, Any]) -> Export:
+    known = {field.name: field for field in fields(Export)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UsageError(f"--config: option {key!r} is unknown")
+        default = known[name].default
+        expected = str if default is MISSING or default is None else type(default)
+        if name == "fd":
+            expected = int
+        if type(value) is not expected:
+            raise UsageError(f"--config: {key} must be {_TYPES[expected]}")
+        values[name] = value
+    for field in known.values():
+        if field.default is MISSING and field.name not in values:
+            raise UsageError(f"--config: an export has no {field.name}")
+    return Export(**values)
+
+
+def load(path: str) -> tuple[Export, ...]:
+    """The exports of a TOML file: tables ``[[export]]`` with the long options as keys."""
+    try:
+        with open(path, "rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"--config: {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config: {path} is not valid TOML: {error}") from None
+    tables = document.pop("export", [])
+    if document:
+        raise UsageError(f"--config: {next(iter(document))!r} is unknown, only [[export]] is")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError("--config: write each export as a table [[export]]")
+    return tuple(map(_export_from, tables))

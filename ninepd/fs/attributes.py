@@ -1,0 +1,91 @@
+"""Tgetattr, Tsetattr, Tstatfs: metadata of whatever a fid holds, open or not, named or not."""
+
+import errno
+import os
+import stat as st
+
+from ninepd import syscalls
+from ninepd.fs.fid import OpenFile
+from ninepd.fs.server import Encoded, Payload, Reply, Server
+from ninepd.p9.messages import (
+    NUMBERS,
+    Rgetattr,
+    Rsetattr,
+    Rstatfs,
+    SetattrValid,
+    Tgetattr,
+    Tsetattr,
+    Tstatfs,
+)
+from ninepd.syscalls import NO_ID, UTIME_NOW, UTIME_OMIT
+
+_RGETATTR = NUMBERS[Rgetattr]
+_OWNER = SetattrValid.UID | SetattrValid.GID
+_TIMES = SetattrValid.ATIME | SetattrValid.MTIME
+
+
+def getattr(server: Server, message: Tgetattr, _payload: Payload) -> Reply:  # noqa: A001
+    """All attributes, whatever was asked for: one statx(2) brings them anyway."""
+    handle = server.file(message.fid).handle
+    qids = server.tree.qids
+    body = syscalls.getattr_body(handle.fd, qids.devices)
+    if body is None:
+        body = syscalls.getattr_body_as(handle.fd, qids.path(server.tree.stat(handle)))
+    return Encoded(_RGETATTR, body)
+
+
+def _time(valid: int, changes: int, explicit: int, sec: int, nsec: int) -> tuple[int, int]:
+    if not valid & changes:
+        return 0, UTIME_OMIT
+    if not valid & explicit:
+        return 0, UTIME_NOW
+    if nsec >= 1_000_000_000:
+        raise OSError(errno.EINVAL, f"{nsec} nanoseconds are more than a second")
+    return sec - (1 << 64) if sec >> 63 else sec, nsec
+
+
+def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # noqa: A001
+    """Size, owner, mode, times, in this order: chown clears setuid, truncate touches mtime."""
+    server.refuse_if_readonly()
+    fid = server.file(message.fid)
+    handle, valid = fid.handle, message.valid
+    if valid & SetattrValid.MODE and handle.is_symlink:
+        raise OSError(errno.EOPNOTSUPP, "a symbolic link has no mode of its own")
+    atime = _time(
+        valid,
+        SetattrValid.ATIME,
+        SetattrValid.ATIME_SET,
+        message.atime_sec,
+        message.atime_nsec,
+    )
+    mtime = _time(
+        valid,
+        SetattrValid.MTIME,
+        SetattrValid.MTIME_SET,
+        message.mtime_sec,
+        message.mtime_nsec,
+    )
+    if valid & SetattrValid.SIZE:
+        if message.size >> 63:
+            raise OSError(errno.EINVAL, "no file can be that large")
+        # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
+        if isinstance(fid.opened, OpenFile) and fid.opened.writable:
+            os.ftruncate(fid.opened.fd, message.size)
+        else:
+            os.truncate(handle.path, message.size)
+    if valid & _OWNER:
+        uid = message.uid if valid & SetattrValid.UID else NO_ID
+        gid = message.gid if valid & SetattrValid.GID else NO_ID
+        syscalls.chown(handle.fd, uid, gid)
+    if valid & SetattrValid.MODE:
+        os.chmod(handle.path, st.S_IMODE(message.mode))
+    if valid & _TIMES:
+        syscalls.utimens(handle.fd, atime, mtime)
+    elif valid == SetattrValid.CTIME:
+        syscalls.chown(handle.fd, NO_ID, NO_ID)
+    return Rsetattr()
+
+
+def statfs(server: Server, message: Tstatfs, _payload: Payload) -> Reply:
+    """Of the file system that the fid's own file lies on, also below a mount."""
+    return Rstatfs._make(syscalls.fstatfs(server.file(message.fid).handle.fd))

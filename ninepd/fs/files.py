@@ -1,0 +1,291 @@
+"""Opening, reading, writing: Tlopen, Tlcreate, Tread, Twrite, Treaddir, Tfsync, locks.
+
+Data goes straight between files and guest memory. Reads ask with RWF_NOWAIT first: what is in the
+page cache is answered at once, and only what must come from a disk goes to a worker (preadv2(2)).
+"""
+
+import errno
+import os
+import stat as st
+from functools import partial
+from typing import Final
+
+from ninepd import syscalls
+from ninepd.fs import xattrs
+from ninepd.fs.fid import Fid, OpenDirectory, OpenFile, XattrValue, XattrWriter
+from ninepd.fs.locks import Owner
+from ninepd.fs.server import Later, Payload, Reply, Server
+from ninepd.fs.tree import Storage, check_name
+from ninepd.p9.messages import (
+    LOCK_FLAG_BLOCK,
+    LOCK_FLAG_RECLAIM,
+    QID,
+    LockStatus,
+    LockType,
+    OpenFlag,
+    Rfsync,
+    Rgetlock,
+    Rlcreate,
+    Rlock,
+    Rlopen,
+    Rread,
+    Rreaddir,
+    Rwrite,
+    Tfsync,
+    Tgetlock,
+    Tlcreate,
+    Tlock,
+    Tlopen,
+    Tread,
+    Treaddir,
+    Twrite,
+)
+
+_HOST_FLAGS: Final = {
+    OpenFlag.WRONLY: os.O_WRONLY,
+    OpenFlag.RDWR: os.O_RDWR,
+    OpenFlag.TRUNC: os.O_TRUNC,
+    OpenFlag.APPEND: os.O_APPEND,
+    OpenFlag.DSYNC: os.O_DSYNC,
+    OpenFlag.SYNC: os.O_SYNC,
+    OpenFlag.NOATIME: os.O_NOATIME,
+}
+"""What a guest's flag asks of the host. All others mean something to the guest's kernel only, or
+would be dangerous here (FASYNC), or pointless (DIRECT: the guest bypasses its own cache)."""
+READDIR_MAX: Final = 65536
+"""Longest run of directory entries in one reply: enough to amortise a round trip."""
+
+
+def host_flags(server: Server, flags: int) -> int:
+    """Translate Tlopen flags; EINVAL without a valid access mode, EROFS on a read-only export."""
+    if flags & OpenFlag.NOACCESS == OpenFlag.NOACCESS:
+        raise OSError(errno.EINVAL, "an open needs an access mode")
+    host = 0
+    for guest_flag, host_flag in _HOST_FLAGS.items():
+        if flags & guest_flag:
+            host |= host_flag
+    if flags & (OpenFlag.WRONLY | OpenFlag.RDWR | OpenFlag.TRUNC | OpenFlag.APPEND):
+        server.refuse_if_readonly()
+    return host
+
+
+def _open(server: Server, fid: Fid, flags: int) -> None:
+    if fid.handle.is_directory:
+        if flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
+            raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
+        fid.opened = OpenDirectory(server.tree.reopen(fid.handle, os.O_RDONLY))
+    else:
+        fid.opened = OpenFile(server.tree.reopen(fid.handle, flags), flags)
+
+
+def lopen(server: Server, message: Tlopen, _payload: Payload) -> Reply:
+    """Open the fid; a failed open leaves it as it was."""
+    fid = server.unopened(message.fid)
+    _open(server, fid, host_flags(server, message.flags))
+    iounit = 0 if fid.handle.is_directory else server.iounit()
+    return Rlopen(server.qid_of(fid.handle), iounit)
+
+
+def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
+    """Create and open a file; the fid moves from its directory to the file.
+
+    Always tried with O_EXCL first. If the file exists and the guest did not ask for EXCL (its cache
+    was behind), it is opened as it is: an existing object is never given an owner or a mode.
+    """
+    server.refuse_if_readonly()
+    fid = server.unopened(message.fid)
+    if not fid.handle.is_directory:
+        raise NotADirectoryError(errno.ENOTDIR, f"fid {message.fid} is no directory")
+    check_name(message.name)
+    flags = host_flags(server, message.flags)
+    tree = server.tree
+    directory = fid.handle
+    uid, gid = server.model.identity(fid.uid, message.gid)
+    try:
+        fd = syscalls.create(directory.fd, message.name, flags, st.S_IMODE(message.mode), uid, gid)
+    except FileExistsError:
+        if message.flags & OpenFlag.EXCL:
+            raise
+        handle, stat = tree.walk(directory, message.name)
+        try:
+            if handle.is_directory:
+                raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
+            fd = tree.reopen(handle, flags)
+        except OSError:
+            tree.release(handle)
+            raise
+    else:
+        handle, stat = tree.adopt_open(fd)
+    hint, fid.parent = fid.parent, directory
+    fid.handle, fid.name = handle, message.name
+    fid.opened = OpenFile(fd, flags)
+    if hint is not None:
+        tree.release(hint)
+    return Rlcreate(tree.qids.qid(stat), server.iounit())
+
+
+def _open_file(fid: Fid) -> OpenFile:
+    if not isinstance(fid.opened, OpenFile):
+        code = errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EBADF
+        raise OSError(code, "the fid is not open for file I/O")
+    return fid.opened
+
+
+def _check_offset(offset: int, count: int) -> None:
+    if offset + count >> 63:
+        raise OSError(errno.EINVAL, "the range lies beyond the largest file")
+
+
+def read(server: Server, message: Tread, payload: Payload) -> Reply:
+    """Data from the page cache at once, else on a worker."""
+    fid = server.fid(message.fid)
+    if isinstance(fid.opened, XattrValue):
+        return xattrs.read(fid.opened, message, payload)
+    file = _open_file(fid)
+    count = min(message.nbytes, payload.room)
+    _check_offset(message.offset, count)
+    if fid.handle.storage is not Storage.LOCAL:
+        return _read_rest(file.fd, message.offset, count, 0, payload)
+    done = 0
+    while done < count:
+        try:
+            got = payload.read(file.fd, done, count - done, message.offset + done, os.RWF_NOWAIT)
+        except BlockingIOError:  # not in the page cache
+            work = partial(_read_rest, file.fd, message.offset, count, done, payload)
+            return Later(work, in_guest_memory=True)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # this file system cannot tell
+                raise
+            return _read_rest(file.fd, message.offset, count, done, payload)
+        if not got:
+            break
+        done += got
+    return Rread(done)
+
+
+def _read_rest(fd: int, offset: int, count: int, done: int, payload: Payload) -> Reply:
+    while done < count:
+        got = payload.read(fd, done, count - done, offset + done)
+        if not got:
+            break
+        done += got
+    return Rread(done)
+
+
+def write(server: Server, message: Twrite, payload: Payload) -> Reply:
+    """Data into the page cache; on a worker if the file was opened to be written through."""
+    fid = server.fid(message.fid)
+    if message.nbytes > payload.available:
+        raise OSError(errno.EINVAL, f"{message.nbytes} bytes announced, {payload.available} came")
+    if isinstance(fid.opened, XattrWriter):
+        return xattrs.write(fid.opened, message, payload)
+    file = _open_file(fid)
+    _check_offset(message.offset, message.nbytes)
+    if file.synchronous:
+        return Later(partial(_write_all, file.fd, message, payload), in_guest_memory=True)
+    return _write_all(file.fd, message, payload)
+
+
+def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
+    done = 0
+    while done < message.nbytes:
+        try:
+            got = payload.write(fd, done, message.nbytes - done, message.offset + done)
+        except OSError:
+            if not done:
+                raise
+            break  # what was written counts; the error comes again with the rest (write(2))
+        done += got
+    return Rwrite(done)
+
+
+def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
+    """Entries behind the one that had cookie ``offset``; none means the end."""
+    fid = server.fid(message.fid)
+    if not isinstance(fid.opened, OpenDirectory):
+        raise OSError(errno.EBADF, "the fid is not open as a directory")
+    _check_offset(message.offset, 0)
+    size = min(message.nbytes, payload.room, READDIR_MAX)
+    tree = server.tree
+    at_root = fid.handle is tree.root
+    try:
+        data = syscalls.readdir(fid.opened.fd, message.offset, at_root, tree.qids.devices, size)
+    except OSError as error:
+        if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
+            data = b""
+        elif error.errno == errno.EDOM:
+            data = _readdir_slowly(server, fid, fid.opened.fd, message.offset, size)
+        else:
+            raise
+    payload.put(data)
+    return Rreaddir(len(data))
+
+
+def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -> bytes:
+    """One run that meets files without a number in the table that C reads."""
+    tree = server.tree
+    out = bytearray()
+    for position, name in syscalls.getdents(fd, offset):
+        itself = name == b".." and fid.handle is tree.root
+        try:
+            stat = syscalls.stat_at(fd, b"" if itself else name)
+        except FileNotFoundError:
+            continue
+        kind = st.S_IFMT(stat.mode) >> 12
+        entry = QID.pack(*tree.qids.qid(stat)) + position.to_bytes(8, "little")
+        entry += bytes((kind,)) + len(name).to_bytes(2, "little") + name
+        if len(out) + len(entry) > size:
+            if not out:
+                raise OSError(errno.EINVAL, "not even one entry fits")
+            break
+        out += entry
+    return bytes(out)
+
+
+def fsync(server: Server, message: Tfsync, _payload: Payload) -> Reply:
+    """On a worker, always. Directories too."""
+    fid = server.fid(message.fid)
+    if not isinstance(fid.opened, OpenFile | OpenDirectory):
+        raise OSError(errno.EBADF, "the fid is not open")
+    return Later(partial(_flush, fid.opened.fd, bool(message.datasync)), in_guest_memory=False)
+
+
+def _flush(fd: int, data_only: bool) -> Reply:
+    if data_only:
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)
+    return Rfsync()
+
+
+def lock(server: Server, message: Tlock, _payload: Payload) -> Reply:
+    """Take or release a byte-range lock; never waits: a client that will is told BLOCKED."""
+    fid = server.fid(message.fid)
+    _open_file(fid)
+    if message.flags & ~(LOCK_FLAG_BLOCK | LOCK_FLAG_RECLAIM):
+        raise OSError(errno.EINVAL, f"lock flags {message.flags:#x} are not known")
+    owner = Owner(message.proc_id, message.client_id)
+    kind = _lock_type(message.type)
+    taken = server.locks.lock(fid, kind, message.start, message.length, owner)
+    return Rlock(LockStatus.SUCCESS if taken else LockStatus.BLOCKED)
+
+
+def getlock(server: Server, message: Tgetlock, _payload: Payload) -> Reply:
+    """Who is in the way of a lock, or UNLCK if nobody is."""
+    fid = server.fid(message.fid)
+    _open_file(fid)
+    owner = Owner(message.proc_id, message.client_id)
+    kind = _lock_type(message.type)
+    found = server.locks.conflict(fid, kind, message.start, message.length, owner)
+    if found is None:
+        answer = message._replace(type=LockType.UNLCK)
+        return Rgetlock._make(answer[1:])
+    held, start, length, holder = found
+    return Rgetlock(held, start, length, holder.proc_id, holder.client_id)
+
+
+def _lock_type(number: int) -> LockType:
+    try:
+        return LockType(number)
+    except ValueError:
+        raise OSError(errno.EINVAL, f"lock type {number} is not known") from None

@@ -1,0 +1,169 @@
+"""Operations on directory entries: make, link, rename, remove.
+
+Names are single components relative to the directory a fid holds. Where the protocol names a file
+by its own fid only (Tremove, Trename), the place where it was found is a hint that must still be
+true: else ESTALE, never another file.
+"""
+
+import errno
+import os
+import stat as st
+
+from ninepd import syscalls
+from ninepd.fs.fid import Fid
+from ninepd.fs.server import Payload, Reply, Server
+from ninepd.fs.tree import Handle, check_name
+from ninepd.p9.messages import (
+    UNLINK_REMOVEDIR,
+    Qid,
+    Rlink,
+    Rmkdir,
+    Rmknod,
+    Rreadlink,
+    Rremove,
+    Rrename,
+    Rrenameat,
+    Rsymlink,
+    Runlinkat,
+    Tlink,
+    Tmkdir,
+    Tmknod,
+    Treadlink,
+    Tremove,
+    Trename,
+    Trenameat,
+    Tsymlink,
+    Tunlinkat,
+)
+
+
+def _new_qid(server: Server, directory: Handle, name: bytes) -> Qid:
+    return server.tree.qids.qid(syscalls.stat_at(directory.fd, name))
+
+
+def mkdir(server: Server, message: Tmkdir, _payload: Payload) -> Reply:
+    """Make a directory, owned by the fid's user and the message's group."""
+    server.refuse_if_readonly()
+    parent = server.directory(message.dfid)
+    check_name(message.name)
+    uid, gid = server.model.identity(parent.uid, message.gid)
+    syscalls.mkdir(parent.handle.fd, message.name, st.S_IMODE(message.mode), uid, gid)
+    return Rmkdir(_new_qid(server, parent.handle, message.name))
+
+
+def symlink(server: Server, message: Tsymlink, _payload: Payload) -> Reply:
+    """Make a symbolic link; its target is the guest's business and is never followed here."""
+    server.refuse_if_readonly()
+    parent = server.directory(message.dfid)
+    check_name(message.name)
+    if b"\0" in message.target:
+        raise OSError(errno.EINVAL, "a link's target must not contain a NUL byte")
+    uid, gid = server.model.identity(parent.uid, message.gid)
+    syscalls.symlink(message.target, parent.handle.fd, message.name, uid, gid)
+    return Rsymlink(_new_qid(server, parent.handle, message.name))
+
+
+def mknod(server: Server, message: Tmknod, _payload: Payload) -> Reply:
+    """Make a file of any kind but directory and link; the host never opens special ones."""
+    server.refuse_if_readonly()
+    parent = server.directory(message.dfid)
+    check_name(message.name)
+    uid, gid = server.model.identity(parent.uid, message.gid)
+    syscalls.mknod(
+        parent.handle.fd,
+        message.name,
+        message.mode & (st.S_IFMT(0o170000) | 0o7777),
+        message.major,
+        message.minor,
+        uid,
+        gid,
+    )
+    return Rmknod(_new_qid(server, parent.handle, message.name))
+
+
+def readlink(server: Server, message: Treadlink, _payload: Payload) -> Reply:
+    """Target of a symbolic link, byte for byte."""
+    handle = server.file(message.fid).handle
+    if not handle.is_symlink:
+        raise OSError(errno.EINVAL, f"fid {message.fid} is no symbolic link")
+    return Rreadlink(os.readlink(b"", dir_fd=handle.fd))
+
+
+def link(server: Server, message: Tlink, _payload: Payload) -> Reply:
+    """Another name for what ``fid`` holds, a symbolic link itself included."""
+    server.refuse_if_readonly()
+    parent = server.directory(message.dfid)
+    source = server.file(message.fid).handle
+    check_name(message.name)
+    os.link(source.path, message.name, dst_dir_fd=parent.handle.fd, follow_symlinks=True)
+    return Rlink()
+
+
+def renameat(server: Server, message: Trenameat, _payload: Payload) -> Reply:
+    """rename(2) between two directories; fids follow their inodes, so there is nothing to mend."""
+    server.refuse_if_readonly()
+    source = server.directory(message.olddirfid)
+    target = server.directory(message.newdirfid)
+    check_name(message.oldname, errno.EISDIR)
+    check_name(message.newname, errno.EISDIR)
+    os.rename(
+        message.oldname,
+        message.newname,
+        src_dir_fd=source.handle.fd,
+        dst_dir_fd=target.handle.fd,
+    )
+    return Rrenameat()
+
+
+def _place(server: Server, fid: Fid) -> tuple[Handle, bytes]:
+    """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown."""
+    if fid.handle is server.tree.root:
+        raise OSError(errno.EBUSY, "the root of an export stays where it is")
+    if fid.parent is None or not server.tree.names(fid.parent, fid.name, fid.handle):
+        raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
+    return fid.parent, fid.name
+
+
+def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
+    """Rename what a fid holds; Linux sends this only to servers without Trenameat."""
+    server.refuse_if_readonly()
+    fid = server.file(message.fid)
+    target = server.directory(message.dfid).handle
+    check_name(message.name, errno.EISDIR)
+    parent, name = _place(server, fid)
+    os.rename(name, message.name, src_dir_fd=parent.fd, dst_dir_fd=target.fd)
+    old, fid.parent = fid.parent, server.tree.share(target)
+    fid.name = message.name
+    if old is not None:
+        server.tree.release(old)
+    return Rrename()
+
+
+def _remove_name(directory: Handle, name: bytes, is_directory: bool) -> None:
+    if is_directory:
+        os.rmdir(name, dir_fd=directory.fd)
+    else:
+        os.unlink(name, dir_fd=directory.fd)
+
+
+def unlinkat(server: Server, message: Tunlinkat, _payload: Payload) -> Reply:
+    """Remove a name; what fids hold of the file stays usable."""
+    server.refuse_if_readonly()
+    parent = server.directory(message.dirfid)
+    check_name(message.name, errno.EINVAL if message.name == b"." else errno.ENOTEMPTY)
+    if message.flags & ~UNLINK_REMOVEDIR:
+        raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
+    _remove_name(parent.handle, message.name, bool(message.flags & UNLINK_REMOVEDIR))
+    return Runlinkat()
+
+
+def remove(server: Server, message: Tremove, _payload: Payload) -> Reply:
+    """Remove the file and clunk the fid, the latter whatever happens (remove(5))."""
+    fid = server.session.remove(message.fid)
+    try:
+        server.refuse_if_readonly()
+        directory, name = _place(server, fid)
+        _remove_name(directory, name, fid.handle.is_directory)
+    finally:
+        server.retire(fid)
+    return Rremove()

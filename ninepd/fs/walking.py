@@ -1,0 +1,98 @@
+"""Tauth, Tattach, Twalk, Tclunk: how fids come and go."""
+
+import errno
+
+from ninepd.fs.fid import XattrWriter
+from ninepd.fs.server import Payload, Reply, Server
+from ninepd.fs.xattrs import commit
+from ninepd.p9.messages import (
+    NOFID,
+    Qid,
+    Rattach,
+    Rclunk,
+    Rwalk,
+    Tattach,
+    Tauth,
+    Tclunk,
+    Twalk,
+)
+
+
+def auth(_server: Server, _message: Tauth, _payload: Payload) -> Reply:
+    """No authentication: whoever owns the guest's memory owns the mount (as QEMU answers)."""
+    raise OSError(errno.EOPNOTSUPP, "this server needs no authentication")
+
+
+def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
+    """A fid on the root of the export, or on the directory below it that ``aname`` names.
+
+    The Linux client attaches once for each guest user; ``n_uname`` is that user (9p.md 1.4).
+    """
+    server.session.check_free(message.fid)
+    if message.afid != NOFID:
+        raise OSError(errno.EINVAL, "there is no authentication fid")
+    tree = server.tree
+    handle = tree.share(tree.root)
+    try:
+        for name in filter(None, message.aname.split(b"/")):
+            below, _ = tree.walk(handle, name)
+            tree.release(handle)
+            handle = below
+        qid = server.qid_of(handle)
+    except OSError:
+        tree.release(handle)
+        raise
+    server.add(message.fid, handle, message.n_uname)
+    return Rattach(qid)
+
+
+def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
+    """Follow names one by one; ``newfid`` comes to be only if all of them were found.
+
+    If a later name fails, the answer holds the qids so far and nothing changes (walk(5)).
+    """
+    start = server.file(message.fid)
+    replaces = message.newfid == message.fid
+    if not replaces:
+        server.session.check_free(message.newfid)
+    elif start.opened is not None:
+        raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
+    tree = server.tree
+    handle, parent, last = tree.share(start.handle), start.parent, start.name
+    parent = None if parent is None else tree.share(parent)
+    qids: list[Qid] = []
+    try:
+        for name in message.names:
+            found, stat = tree.walk(handle, name)
+            if parent is not None:
+                tree.release(parent)
+            # Behind "." and ".." the hint is wrong, and whoever uses it will find that out.
+            parent, handle, last = handle, found, name
+            qids.append(tree.qids.qid(stat))
+    except OSError:
+        if not qids:
+            raise
+        return Rwalk(tuple(qids))
+    else:
+        if replaces:
+            start.handle, handle = handle, start.handle
+            start.parent, parent = parent, start.parent
+            start.name = last
+        else:
+            server.add(message.newfid, tree.share(handle), start.uid, parent, last)
+        return Rwalk(tuple(qids))
+    finally:
+        tree.release(handle)
+        if parent is not None:
+            tree.release(parent)
+
+
+def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
+    """The number is free afterwards, whatever the answer. An announced xattr is set now."""
+    fid = server.session.remove(message.fid)
+    try:
+        if isinstance(fid.opened, XattrWriter):
+            commit(fid.handle, fid.opened)
+    finally:
+        server.retire(fid)
+    return Rclunk()

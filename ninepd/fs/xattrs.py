@@ -1,0 +1,108 @@
+"""Extended attributes: Txattrwalk, Txattrcreate, and reading and writing the fids they make.
+
+An attribute is read whole at the walk and set whole at the clunk, so the guest never sees half of
+one. Through the magic link of the handle this reaches every kind of file, symbolic links included.
+"""
+
+import errno
+import os
+from typing import Final
+
+from ninepd.fs.fid import XattrValue, XattrWriter
+from ninepd.fs.security import ACLS
+from ninepd.fs.server import Payload, Reply, Server
+from ninepd.fs.tree import Handle
+from ninepd.p9.messages import (
+    XATTR_CREATE,
+    XATTR_REPLACE,
+    Rread,
+    Rwrite,
+    Rxattrcreate,
+    Rxattrwalk,
+    Tread,
+    Twrite,
+    Txattrcreate,
+    Txattrwalk,
+)
+
+VALUE_MAX: Final = 65536
+"""The kernel's XATTR_SIZE_MAX."""
+NAME_MAX: Final = 255
+
+
+def _check_name(server: Server, name: bytes) -> None:
+    if not name or b"\0" in name:
+        raise OSError(errno.EINVAL, "no name for an extended attribute")
+    if len(name) > NAME_MAX:
+        raise OSError(errno.ERANGE, f"names of extended attributes have at most {NAME_MAX} bytes")
+    if not server.model.allows_xattr(name):
+        raise OSError(errno.EOPNOTSUPP, "this security model does not serve that attribute")
+
+
+def xattrwalk(server: Server, message: Txattrwalk, _payload: Payload) -> Reply:
+    """``newfid`` reads the value of an attribute, or, for an empty name, the list of names."""
+    fid = server.file(message.fid)
+    server.session.check_free(message.newfid)
+    path = fid.handle.path
+    if message.name:
+        _check_name(server, message.name)
+        value = os.getxattr(path, message.name)
+    else:
+        names = map(os.fsencode, os.listxattr(path))
+        value = b"".join(name + b"\0" for name in names if server.model.allows_xattr(name))
+    server.count_xattr_fid()
+    reader = server.add(message.newfid, server.tree.share(fid.handle), fid.uid)
+    reader.opened = XattrValue(value)
+    return Rxattrwalk(len(value))
+
+
+def xattrcreate(server: Server, message: Txattrcreate, _payload: Payload) -> Reply:
+    """The fid becomes the writer of an attribute: Twrite fills it, Tclunk sets it."""
+    server.refuse_if_readonly()
+    fid = server.unopened(message.fid)
+    _check_name(server, message.name)
+    if message.attr_size > VALUE_MAX:
+        raise OSError(errno.E2BIG, f"an extended attribute has at most {VALUE_MAX} bytes")
+    if message.flags & ~(XATTR_CREATE | XATTR_REPLACE):
+        raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
+    server.count_xattr_fid()
+    fid.opened = XattrWriter(message.name, message.attr_size, message.flags)
+    return Rxattrcreate()
+
+
+def read(value: XattrValue, message: Tread, payload: Payload) -> Reply:
+    """Tread of the fid that a Txattrwalk made."""
+    count = min(message.nbytes, payload.room)
+    data = value.data[message.offset : message.offset + count]
+    payload.put(data)
+    return Rread(len(data))
+
+
+def write(writer: XattrWriter, message: Twrite, payload: Payload) -> Reply:
+    """Twrite of the fid that a Txattrcreate made; ENOSPC past the announced size."""
+    if message.offset > len(writer.data):
+        raise OSError(errno.EINVAL, "the value of an attribute is written without gaps")
+    if message.offset + message.nbytes > writer.size:
+        raise OSError(errno.ENOSPC, "more than the announced size")
+    data = payload.take(message.nbytes)
+    writer.data[message.offset : message.offset + len(data)] = data
+    return Rwrite(len(data))
+
+
+def commit(handle: Handle, writer: XattrWriter) -> None:
+    """Set or remove the attribute: the result of the guest's setxattr or removexattr.
+
+    Linux asks for a removal as size 0 with REPLACE, and for that of an ACL as size 0 alone
+    (fs/9p/xattr.c, fs/9p/acl.c); otherwise size 0 sets an empty value.
+    """
+    acl = writer.name in ACLS
+    if writer.size == 0 and (acl or writer.flags == XATTR_REPLACE):
+        try:
+            os.removexattr(handle.path, writer.name)
+        except OSError as error:
+            if not (acl and error.errno == errno.ENODATA):
+                raise
+        return
+    if len(writer.data) != writer.size:
+        raise OSError(errno.EINVAL, "fewer bytes were written than announced")
+    os.setxattr(handle.path, writer.name, bytes(writer.data), writer.flags)

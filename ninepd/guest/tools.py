@@ -1,0 +1,110 @@
+"""QEMU, busybox and the guest agent. ``python -m ninepd.guest.tools`` fills the cache ahead."""
+
+import argparse
+import functools
+import glob
+import hashlib
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field
+
+from .cache import artefact
+from .errors import GuestError
+from .image import initramfs
+from .kernels import SERIES, kernel
+from .packages import Archive, command, unpack
+from .uml import uml_kernel
+
+OLDEST_QEMU = (10, 2)
+QEMU_DEVICE = "vhost-user-test-device-pci"
+AGENT_SOURCES = ("agent.c", "agent_remote.c", "agent_setup.c", "agent_wire.c")
+
+
+@dataclass(frozen=True)
+class Qemu:
+    command: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def qemu() -> Qemu:
+    """The system's QEMU if it has the generic vhost-user device, else Debian's newest."""
+    path = shutil.which("qemu-system-x86_64")
+    if path:
+        version = re.search(r"version (\d+)\.(\d+)", command([path, "--version"]))
+        new = version and (int(version[1]), int(version[2])) >= OLDEST_QEMU
+        if new and QEMU_DEVICE in command([path, "-device", "help"]):
+            return Qemu((path,))
+    tree = artefact("qemu", "fetching Debian's QEMU", _make_qemu)
+    lib = f"{tree}/usr/lib/x86_64-linux-gnu"
+    return Qemu(
+        (f"{tree}/usr/lib64/ld-linux-x86-64.so.2", "--library-path", lib,
+         f"{tree}/usr/bin/qemu-system-x86_64",
+         "-L", f"{tree}/usr/share/qemu", "-L", f"{tree}/usr/share/seabios"),
+        {"QEMU_MODULE_DIR": f"{lib}/qemu"},
+    )  # fmt: skip
+
+
+def qemu_command() -> list[str]:
+    return list(qemu().command)
+
+
+def _make_qemu(result: str, folder: str) -> None:
+    debs = Archive().download_closure("qemu-system-x86", os.path.join(folder, "debs"))
+    unpack(debs, result)
+    for unused in ("doc", "locale", "man"):
+        shutil.rmtree(f"{result}/usr/share/{unused}", ignore_errors=True)
+
+
+def busybox() -> str:
+    def make(result: str, folder: str) -> None:
+        unpack(Archive().download(["busybox-static"], f"{folder}/debs"), f"{folder}/tree")
+        found = glob.glob(f"{folder}/tree/**/bin/busybox", recursive=True)
+        os.rename(found[0], result)
+
+    return artefact("busybox", "fetching busybox", make)
+
+
+def agent() -> str:
+    """The guest's init program, compiled again when its source has changed."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    digest = hashlib.sha256()
+    for name in AGENT_SOURCES:
+        with open(os.path.join(here, name), "rb") as source:
+            digest.update(source.read())
+
+    def make(result: str, _: str) -> None:
+        if not shutil.which("gcc"):
+            raise GuestError("gcc is missing: install the packages gcc and libc6-dev")
+        command(["gcc", "-O2", "-static", "-s", "-Wall", "-Wextra", "-Werror",
+                 "-o", result, os.path.join(here, AGENT_SOURCES[0])])  # fmt: skip
+
+    return artefact(f"agent-{digest.hexdigest()[:16]}", "compiling the guest agent", make)
+
+
+def prepare(what: str) -> None:
+    if what in ("qemu", "all"):
+        qemu()
+    if what in ("kernels", "all"):
+        for series in SERIES:
+            initramfs(agent(), busybox(), kernel(series).modules)
+    if what in ("uml", "all"):
+        uml_kernel()
+        initramfs(agent(), busybox())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ninepd.guest.tools", description=__doc__)
+    parser.add_argument("what", nargs="?", default="all", choices=("qemu", "kernels", "uml", "all"))
+    try:
+        prepare(parser.parse_args().what)
+    except GuestError as error:
+        sys.stderr.write(f"ninepd: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,711 @@
+"""Every 9P2000.L message, in wire order, and the codec that is made from that order.
+
+A message is its declaration: a ``NamedTuple`` whose fields stand in the order of the wire and carry
+their wire type. ``decode`` and ``encode`` are built once from the annotations, so there is no
+second description to keep in step. Payload (the data of Tread's reply, Twrite and Treaddir's reply)
+never passes here: it stays in guest memory, and the message holds only its count (named
+``nbytes`` here, because a tuple has a method ``count``).
+
+Wire format: ``size[4] type[1] tag[2] body``, little endian, ``size`` counts itself; strings are
+``len[2]`` and bytes without a NUL (9P2000 intro(5); diod's protocol.md for the .L additions).
+"""
+
+import errno
+from collections.abc import Callable
+from enum import IntEnum, IntFlag
+from struct import Struct
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias, get_type_hints
+
+from ninepd.errors import ProtocolError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+U8 = Annotated[int, "B"]
+U16 = Annotated[int, "H"]
+U32 = Annotated[int, "I"]
+U64 = Annotated[int, "Q"]
+String = Annotated[bytes, "string"]
+Names = Annotated[tuple[bytes, ...], "names"]
+
+
+class Qid(NamedTuple):
+    """What the server calls one file: type bits, version of its content, unique path number."""
+
+    type: U8
+    version: U32
+    path: U64
+
+
+Qids = Annotated[tuple[Qid, ...], "qids"]
+
+HEADER: Final = Struct("<IBH")
+HEADER_SIZE: Final = HEADER.size
+QID: Final = Struct("<BIQ")
+NOTAG: Final = 0xFFFF
+NOFID: Final = 0xFFFFFFFF
+NO_ID: Final = 0xFFFFFFFF
+"""n_uname, uid or gid that stands for "none given"."""
+MAX_WALK: Final = 16
+MIN_MSIZE: Final = 4096
+"""Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
+IO_HEADER: Final = 11
+"""Bytes before the data of an Rread or Rreaddir: header and count[4]."""
+WRITE_HEADER: Final = 23
+"""Bytes before the data of a Twrite."""
+
+
+class QidType(IntFlag):
+    """The bits of qid.type that a Linux client looks at (9p.md 1.3: no others are set)."""
+
+    DIR = 0x80
+    SYMLINK = 0x02
+
+
+class OpenFlag(IntFlag):
+    """Tlopen and Tlcreate flags: protocol numbers (include/net/9p/9p.h), not the host's O_*."""
+
+    WRONLY = 0x1
+    RDWR = 0x2
+    NOACCESS = 0x3
+    CREATE = 0x40
+    EXCL = 0x80
+    NOCTTY = 0x100
+    TRUNC = 0x200
+    APPEND = 0x400
+    NONBLOCK = 0x800
+    DSYNC = 0x1000
+    FASYNC = 0x2000
+    DIRECT = 0x4000
+    LARGEFILE = 0x8000
+    DIRECTORY = 0x10000
+    NOFOLLOW = 0x20000
+    NOATIME = 0x40000
+    CLOEXEC = 0x80000
+    SYNC = 0x100000
+
+
+class GetattrMask(IntFlag):
+    """request_mask and valid of Tgetattr and Rgetattr."""
+
+    BASIC = 0x7FF
+    BTIME = 0x800
+    GEN = 0x1000
+    DATA_VERSION = 0x2000
+
+
+class SetattrValid(IntFlag):
+    """Which fields of a Tsetattr count."""
+
+    MODE = 0x1
+    UID = 0x2
+    GID = 0x4
+    SIZE = 0x8
+    ATIME = 0x10
+    MTIME = 0x20
+    CTIME = 0x40
+    ATIME_SET = 0x80
+    MTIME_SET = 0x100
+
+
+class LockType(IntEnum):
+    """Type of a byte-range lock; in Rgetlock UNLCK means that nothing conflicts."""
+
+    RDLCK = 0
+    WRLCK = 1
+    UNLCK = 2
+
+
+class LockStatus(IntEnum):
+    """Answer of Rlock."""
+
+    SUCCESS = 0
+    BLOCKED = 1
+    ERROR = 2
+    GRACE = 3
+
+
+LOCK_FLAG_BLOCK: Final = 1
+LOCK_FLAG_RECLAIM: Final = 2
+XATTR_CREATE: Final = 1
+XATTR_REPLACE: Final = 2
+UNLINK_REMOVEDIR: Final = 0x200
+
+
+class Rlerror(NamedTuple):
+    ecode: U32
+
+
+class Tstatfs(NamedTuple):
+    fid: U32
+
+
+class Rstatfs(NamedTuple):
+    type: U32
+    bsize: U32
+    blocks: U64
+    bfree: U64
+    bavail: U64
+    files: U64
+    ffree: U64
+    fsid: U64
+    namelen: U32
+
+
+class Tlopen(NamedTuple):
+    fid: U32
+    flags: U32
+
+
+class Rlopen(NamedTuple):
+    qid: Qid
+    iounit: U32
+
+
+class Tlcreate(NamedTuple):
+    fid: U32
+    name: String
+    flags: U32
+    mode: U32
+    gid: U32
+
+
+class Rlcreate(NamedTuple):
+    qid: Qid
+    iounit: U32
+
+
+class Tsymlink(NamedTuple):
+    dfid: U32
+    name: String
+    target: String
+    gid: U32
+
+
+class Rsymlink(NamedTuple):
+    qid: Qid
+
+
+class Tmknod(NamedTuple):
+    dfid: U32
+    name: String
+    mode: U32
+    major: U32
+    minor: U32
+    gid: U32
+
+
+class Rmknod(NamedTuple):
+    qid: Qid
+
+
+class Trename(NamedTuple):
+    fid: U32
+    dfid: U32
+    name: String
+
+
+class Rrename(NamedTuple):
+    pass
+
+
+class Treadlink(NamedTuple):
+    fid: U32
+
+
+class Rreadlink(NamedTuple):
+    target: String
+
+
+class Tgetattr(NamedTuple):
+    fid: U32
+    request_mask: U64
+
+
+class Rgetattr(NamedTuple):
+    valid: U64
+    qid: Qid
+    mode: U32
+    uid: U32
+    gid: U32
+    nlink: U64
+    rdev: U64
+    size: U64
+    blksize: U64
+    blocks: U64
+    atime_sec: U64
+    atime_nsec: U64
+    mtime_sec: U64
+    mtime_nsec: U64
+    ctime_sec: U64
+    ctime_nsec: U64
+    btime_sec: U64
+    btime_nsec: U64
+    gen: U64
+    data_version: U64
+
+
+class Tsetattr(NamedTuple):
+    fid: U32
+    valid: U32
+    mode: U32
+    uid: U32
+    gid: U32
+    size: U64
+    atime_sec: U64
+    atime_nsec: U64
+    mtime_sec: U64
+    mtime_nsec: U64
+
+
+class Rsetattr(NamedTuple):
+    pass
+
+
+class Txattrwalk(NamedTuple):
+    fid: U32
+    newfid: U32
+    name: String
+
+
+class Rxattrwalk(NamedTuple):
+    size: U64
+
+
+class Txattrcreate(NamedTuple):
+    fid: U32
+    name: String
+    attr_size: U64
+    flags: U32
+
+
+class Rxattrcreate(NamedTuple):
+    pass
+
+
+class Treaddir(NamedTuple):
+    fid: U32
+    offset: U64
+    nbytes: U32
+
+
+class Rreaddir(NamedTuple):
+    """``nbytes`` bytes of entries follow, placed by the payload."""
+
+    nbytes: U32
+
+
+class Tfsync(NamedTuple):
+    """Old clients leave ``datasync`` out (diod's protocol.md); Linux sends it."""
+
+    fid: U32
+    datasync: U32 = 0
+
+
+class Rfsync(NamedTuple):
+    pass
+
+
+class Tlock(NamedTuple):
+    fid: U32
+    type: U8
+    flags: U32
+    start: U64
+    length: U64
+    proc_id: U32
+    client_id: String
+
+
+class Rlock(NamedTuple):
+    status: U8
+
+
+class Tgetlock(NamedTuple):
+    fid: U32
+    type: U8
+    start: U64
+    length: U64
+    proc_id: U32
+    client_id: String
+
+
+class Rgetlock(NamedTuple):
+    type: U8
+    start: U64
+    length: U64
+    proc_id: U32
+    client_id: String
+
+
+class Tlink(NamedTuple):
+    dfid: U32
+    fid: U32
+    name: String
+
+
+class Rlink(NamedTuple):
+    pass
+
+
+class Tmkdir(NamedTuple):
+    dfid: U32
+    name: String
+    mode: U32
+    gid: U32
+
+
+class Rmkdir(NamedTuple):
+    qid: Qid
+
+
+class Trenameat(NamedTuple):
+    olddirfid: U32
+    oldname: String
+    newdirfid: U32
+    newname: String
+
+
+class Rrenameat(NamedTuple):
+    pass
+
+
+class Tunlinkat(NamedTuple):
+    dirfid: U32
+    name: String
+    flags: U32
+
+
+class Runlinkat(NamedTuple):
+    pass
+
+
+class Tversion(NamedTuple):
+    msize: U32
+    version: String
+
+
+class Rversion(NamedTuple):
+    msize: U32
+    version: String
+
+
+class Tauth(NamedTuple):
+    afid: U32
+    uname: String
+    aname: String
+    n_uname: U32
+
+
+class Tattach(NamedTuple):
+    fid: U32
+    afid: U32
+    uname: String
+    aname: String
+    n_uname: U32
+
+
+class Rattach(NamedTuple):
+    qid: Qid
+
+
+class Tflush(NamedTuple):
+    oldtag: U16
+
+
+class Rflush(NamedTuple):
+    pass
+
+
+class Twalk(NamedTuple):
+    fid: U32
+    newfid: U32
+    names: Names
+
+
+class Rwalk(NamedTuple):
+    qids: Qids
+
+
+class Tread(NamedTuple):
+    fid: U32
+    offset: U64
+    nbytes: U32
+
+
+class Rread(NamedTuple):
+    """``nbytes`` bytes of data follow, placed by the payload."""
+
+    nbytes: U32
+
+
+class Twrite(NamedTuple):
+    """``nbytes`` bytes of data follow in guest memory."""
+
+    fid: U32
+    offset: U64
+    nbytes: U32
+
+
+class Rwrite(NamedTuple):
+    nbytes: U32
+
+
+class Tclunk(NamedTuple):
+    fid: U32
+
+
+class Rclunk(NamedTuple):
+    pass
+
+
+class Tremove(NamedTuple):
+    fid: U32
+
+
+class Rremove(NamedTuple):
+    pass
+
+
+NUMBERS: Final[dict[type[Any], int]] = {
+    Rlerror: 7,
+    Tstatfs: 8,
+    Rstatfs: 9,
+    Tlopen: 12,
+    Rlopen: 13,
+    Tlcreate: 14,
+    Rlcreate: 15,
+    Tsymlink: 16,
+    Rsymlink: 17,
+    Tmknod: 18,
+    Rmknod: 19,
+    Trename: 20,
+    Rrename: 21,
+    Treadlink: 22,
+    Rreadlink: 23,
+    Tgetattr: 24,
+    Rgetattr: 25,
+    Tsetattr: 26,
+    Rsetattr: 27,
+    Txattrwalk: 30,
+    Rxattrwalk: 31,
+    Txattrcreate: 32,
+    Rxattrcreate: 33,
+    Treaddir: 40,
+    Rreaddir: 41,
+    Tfsync: 50,
+    Rfsync: 51,
+    Tlock: 52,
+    Rlock: 53,
+    Tgetlock: 54,
+    Rgetlock: 55,
+    Tlink: 70,
+    Rlink: 71,
+    Tmkdir: 72,
+    Rmkdir: 73,
+    Trenameat: 74,
+    Rrenameat: 75,
+    Tunlinkat: 76,
+    Runlinkat: 77,
+    Tversion: 100,
+    Rversion: 101,
+    Tauth: 102,
+    Tattach: 104,
+    Rattach: 105,
+    Tflush: 108,
+    Rflush: 109,
+    Twalk: 110,
+    Rwalk: 111,
+    Tread: 116,
+    Rread: 117,
+    Twrite: 118,
+    Rwrite: 119,
+    Tclunk: 120,
+    Rclunk: 121,
+    Tremove: 122,
+    Rremove: 123,
+}
+"""Message class to its type number (include/net/9p/9p.h, enum p9_msg_t)."""
+
+WITH_DATA: Final = frozenset({Rread, Rreaddir})
+"""Replies whose data, ``nbytes`` bytes, stands in guest memory behind the encoded part."""
+
+
+class Codec(NamedTuple):
+    """How one message class goes to bytes and back."""
+
+    message: type[Any]
+    number: int
+    size: int
+    """Bytes of the shortest body: strings and lists empty, optional fields there."""
+    decode: Callable[[Buffer, int, int], Any]
+    """(buffer, start of the body, end of the message) to a message; raises ProtocolError."""
+    encode: Callable[[Any], bytes]
+    """A message to the bytes of its body."""
+
+
+def _fixed(message: type[Any], layout: str, has_qid: bool) -> tuple[Any, Any]:
+    """Codec of a body without strings: one Struct call, the qid (if any) folded in."""
+    fields = Struct("<" + layout)
+    unpack_from, pack, size, make = fields.unpack_from, fields.pack, fields.size, message._make
+    required = Struct("<" + layout[: len(layout) - len(message._field_defaults)])
+
+    def decode(buffer: Buffer, start: int, end: int) -> Any:
+        if end - start < size:
+            if end - start == required.size:
+                return message(*required.unpack_from(buffer, start))
+            raise ProtocolError(f"{message.__name__} is {size - (end - start)} bytes short")
+        values = unpack_from(buffer, start)
+        if has_qid:
+            at = message._fields.index("qid")
+            values = (*values[:at], Qid._make(values[at : at + 3]), *values[at + 3 :])
+        return make(values)
+
+    def encode(value: Any) -> bytes:
+        if not has_qid:
+            return pack(*value)
+        flat: list[int] = []
+        for item in value:
+            flat.extend(item if type(item) is Qid else (item,))
+        return pack(*flat)
+
+    return decode, encode
+
+
+def _string(buffer: Buffer, at: int, end: int) -> tuple[bytes, int]:
+    start = at + 2
+    if start > end:
+        raise ProtocolError("the message ends inside a string length")
+    stop = start + int.from_bytes(buffer[at:start], "little")
+    if stop > end:
+        raise ProtocolError("a string runs past the end of the message")
+    return bytes(buffer[start:stop]), stop
+
+
+def _names(buffer: Buffer, at: int, end: int) -> tuple[tuple[bytes, ...], int]:
+    start = at + 2
+    if start > end:
+        raise ProtocolError("the message ends inside a name count")
+    count = int.from_bytes(buffer[at:start], "little")
+    if count > MAX_WALK:
+        raise ProtocolError(f"{count} names in one walk, {MAX_WALK} are allowed")
+    names = []
+    for _ in range(count):
+        name, start = _string(buffer, start, end)
+        names.append(name)
+    return tuple(names), start
+
+
+def _qids(buffer: Buffer, at: int, end: int) -> tuple[tuple[Qid, ...], int]:
+    start = at + 2
+    if start > end:
+        raise ProtocolError("the message ends inside a qid count")
+    stop = start + int.from_bytes(buffer[at:start], "little") * QID.size
+    if stop > end:
+        raise ProtocolError("the qids run past the end of the message")
+    return tuple(map(Qid._make, QID.iter_unpack(buffer[start:stop]))), stop
+
+
+def _encode_string(value: bytes) -> bytes:
+    return len(value).to_bytes(2, "little") + value
+
+
+def _encode_names(value: tuple[bytes, ...]) -> bytes:
+    return len(value).to_bytes(2, "little") + b"".join(map(_encode_string, value))
+
+
+def _encode_qids(value: tuple[Qid, ...]) -> bytes:
+    return len(value).to_bytes(2, "little") + b"".join(QID.pack(*qid) for qid in value)
+
+
+_VARIABLE: Final[dict[str, tuple[Any, Any]]] = {
+    "string": (_string, _encode_string),
+    "names": (_names, _encode_names),
+    "qids": (_qids, _encode_qids),
+}
+
+
+def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
+    """Codec of a body with strings: runs of fixed fields, each one Struct call, between them."""
+    steps: list[tuple[Struct | None, Any, Any, int]] = []
+    run = ""
+    for kind in [*kinds, ""]:
+        if len(kind) == 1:
+            run += kind
+            continue
+        if run:
+            fields = Struct("<" + run)
+            steps.append((fields, None, None, len(run)))
+            run = ""
+        if kind:
+            steps.append((None, *_VARIABLE[kind], 1))
+    make = message._make
+
+    def decode(buffer: Buffer, start: int, end: int) -> Any:
+        values: list[Any] = []
+        for fields, read, _, _ in steps:
+            if fields is None:
+                value, start = read(buffer, start, end)
+                values.append(value)
+                continue
+            stop = start + fields.size
+            if stop > end:
+                raise ProtocolError(f"{message.__name__} is cut short")
+            values += fields.unpack_from(buffer, start)
+            start = stop
+        return make(values)
+
+    def encode(value: Any) -> bytes:
+        parts: list[bytes] = []
+        at = 0
+        for fields, _, write, width in steps:
+            if fields is None:
+                parts.append(write(value[at]))
+            else:
+                parts.append(fields.pack(*value[at : at + width]))
+            at += width
+        return b"".join(parts)
+
+    return decode, encode
+
+
+def _codec(message: type[Any], number: int) -> Codec:
+    hints = get_type_hints(message, include_extras=True)
+    kinds = ["BIQ" if hint is Qid else hint.__metadata__[0] for hint in hints.values()]
+    if any(kind in _VARIABLE for kind in kinds):
+        decode, encode = _variable(message, kinds)
+    else:
+        decode, encode = _fixed(message, "".join(kinds), Qid in hints.values())
+    size = sum(2 if kind in _VARIABLE else Struct("<" + kind).size for kind in kinds)
+    return Codec(message, number, size, decode, encode)
+
+
+CODECS: Final[dict[int, Codec]] = {
+    number: _codec(message, number) for message, number in NUMBERS.items()
+}
+"""Type number to codec, for both directions."""
+
+
+def decode(buffer: Buffer) -> tuple[int, Any]:
+    """Parse one whole message; returns (tag, message).
+
+    Raises ProtocolError: EINVAL for a malformed one, EOPNOTSUPP for a type that is not known.
+    Bytes behind the last field are ignored, as 9P servers do.
+    """
+    if len(buffer) < HEADER_SIZE:
+        raise ProtocolError(f"{len(buffer)} bytes are no 9P header")
+    size, number, tag = HEADER.unpack_from(buffer)
+    if not HEADER_SIZE <= size <= len(buffer):
+        raise ProtocolError(f"the size field says {size}, the message has {len(buffer)} bytes")
+    codec = CODECS.get(number)
+    if codec is None:
+        raise ProtocolError(f"message type {number} is not known", errno.EOPNOTSUPP)
+    return tag, codec.decode(buffer, HEADER_SIZE, size)
+
+
+def encode(tag: int, message: Any) -> bytes:
+    """The bytes of one message. Data of a reply in WITH_DATA is counted but not included."""
+    number = NUMBERS[type(message)]
+    body = CODECS[number].encode(message)
+    size = HEADER_SIZE + len(body)
+    if type(message) in WITH_DATA:
+        size += message.nbytes
+    return HEADER.pack(size, number, tag) + body

@@ -1,0 +1,69 @@
+"""What one 9P session remembers: msize, the fid table, and the requests that are not answered yet.
+
+No I/O here. ``F`` is whatever the file system keeps for a fid.
+"""
+
+import errno
+from typing import Final, Generic, TypeVar
+
+from ninepd.p9.messages import MIN_MSIZE, NOFID, Rversion, Tversion
+
+F = TypeVar("F")
+
+VERSION: Final = b"9P2000.L"
+MAX_FIDS: Final = 262_144
+
+
+class Session(Generic[F]):
+    """Between one Tversion and the next. ``msize`` is 0 until the first."""
+
+    def __init__(self) -> None:
+        self.msize = 0
+        self.fids: dict[int, F] = {}
+
+    def negotiate(self, request: Tversion, msize_max: int) -> Rversion:
+        """Answer a Tversion; the caller has dropped all fids. EMSGSIZE below 4096 bytes.
+
+        An unknown version is answered "unknown" and leaves no session (version(5)).
+        """
+        self.msize = 0
+        if request.msize < MIN_MSIZE:
+            raise OSError(errno.EMSGSIZE, f"msize {request.msize} is below {MIN_MSIZE}")
+        msize = min(request.msize, msize_max)
+        if request.version != VERSION:
+            return Rversion(msize, b"unknown")
+        self.msize = msize
+        return Rversion(msize, VERSION)
+
+    def get(self, number: int) -> F:
+        """What the client knows as ``number``; ENOENT, as QEMU's server says, if nothing."""
+        try:
+            return self.fids[number]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, f"fid {number} is not in use") from None
+
+    def check_free(self, number: int) -> None:
+        """EINVAL if a new fid may not have this number, ENFILE if there are too many."""
+        if number == NOFID or number in self.fids:
+            raise OSError(errno.EINVAL, f"fid {number} is in use")
+        if len(self.fids) >= MAX_FIDS:
+            raise OSError(errno.ENFILE, f"{MAX_FIDS} fids are in use")
+
+    def add(self, number: int, fid: F) -> None:
+        """Give a fid its number; EINVAL if another thread was first."""
+        if self.fids.setdefault(number, fid) is not fid:
+            raise OSError(errno.EINVAL, f"fid {number} is in use")
+
+    def remove(self, number: int) -> F:
+        """Take a number back; ENOENT if it is not in use."""
+        fid = self.fids.pop(number, None)
+        if fid is None:
+            raise FileNotFoundError(errno.ENOENT, f"fid {number} is not in use")
+        return fid
+
+    def clear(self) -> list[F]:
+        """Forget the session; returns all fids, for the caller to release."""
+        fids = list(self.fids.values())
+        self.fids.clear()
+        self.msize = 0
+        return fids

@@ -1,0 +1,58 @@
+"""The QEMU side: the exact arguments that put a guest in front of ninepd."""
+
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from ninepd.errors import UsageError
+
+QUEUE_SIZE: Final = 128
+"""Descriptors in the ring: what the Linux driver uses for one request (trans_virtio.c)."""
+_BUS_SUFFIX: Final = {"q35": "-pci", "pc": "-pci", "virt": "-pci", "microvm": ""}
+
+
+def _escape(value: str) -> str:
+    return value.replace(",", ",,")
+
+
+def memory_arguments(memory: str, machine: str) -> list[str]:
+    """Guest memory that ninepd can map: without share=on it would read zeros."""
+    return [
+        "-machine",
+        f"{machine},memory-backend=mem",
+        "-m",
+        memory,
+        "-object",
+        f"memory-backend-memfd,id=mem,size={memory},share=on",
+    ]
+
+
+def device_arguments(socket_path: str, tag: str, index: int = 0, machine: str = "q35") -> list[str]:
+    """One export as a device. Needs QEMU 10.2, where the generic device can be created by users."""
+    bus_suffix = _BUS_SUFFIX[_machine_type(machine)]
+    device = "vhost-user-test-device" + bus_suffix
+    chardev = f"socket,id=ninepd{index},path={_escape(socket_path)}"
+    device += f",chardev=ninepd{index},virtio-id=9,num_vqs=1,vq_size={QUEUE_SIZE}"
+    device += f",config_size={2 + len(os.fsencode(tag))}"
+    arguments = ["-chardev", chardev, "-device", device]
+    if not bus_suffix and index == 0:
+        # Else the guest sees a legacy device, without VERSION_1 (hw/virtio/virtio-mmio.c).
+        arguments += ["-global", "virtio-mmio.force-legacy=false"]
+    return arguments
+
+
+def arguments(
+    exports: Sequence[tuple[str, str]], memory: str = "1G", machine: str = "q35"
+) -> list[str]:
+    """All of it, for (socket path, tag) pairs. UsageError for a machine that is not known."""
+    result = memory_arguments(memory, machine)
+    for index, (socket_path, tag) in enumerate(exports):
+        result += device_arguments(socket_path, tag, index, machine)
+    return result
+
+
+def _machine_type(machine: str) -> str:
+    name = machine.split(",", 1)[0]
+    if name not in _BUS_SUFFIX:
+        raise UsageError(f"--machine: {name!r} is unknown; use one of {', '.join(_BUS_SUFFIX)}")
+    return name

@@ -1,0 +1,225 @@
+"""Typed face of ``_syscalls.c``: what ``os`` lacks, and what is hot.
+
+Every function raises OSError with the kernel's errno. Descriptors returned are the caller's to
+close. The interpreter lock is released during each call.
+"""
+
+import os
+from struct import Struct
+from typing import Any, Final, NamedTuple, Protocol, cast
+
+import ninepd._libvring as _libvring
+
+NO_ID: Final = 0xFFFFFFFF
+"""Leaves a uid or gid as it is."""
+UTIME_NOW: Final = (1 << 30) - 1
+UTIME_OMIT: Final = (1 << 30) - 2
+GETATTR_BODY: Final = 153
+
+_UNMAPPED: Final = 1
+_STAT: Final = Struct("=6Q7I4x")
+_STATFS: Final = Struct("=9Q")
+
+
+class Stat(NamedTuple):
+    """Attributes of one file; ``version`` and ``generation`` as the guest's qid and st_gen."""
+
+    dev: int
+    ino: int
+    mnt_id: int
+    size: int
+    blocks: int
+    rdev: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    blksize: int
+    version: int
+    generation: int
+
+
+class Statfs(NamedTuple):
+    """statfs(2) in the order of Rstatfs, sizes in units of ``bsize``."""
+
+    type: int
+    bsize: int
+    blocks: int
+    bfree: int
+    bavail: int
+    files: int
+    ffree: int
+    fsid: int
+    namelen: int
+
+
+class _Lib(Protocol):
+    def nd_walk(self, dirfd: int, name: bytes, out: Any) -> int: ...
+    def nd_stat_at(self, dirfd: int, name: bytes, out: Any) -> int: ...
+    def nd_open_scoped(self, dirfd: int, name: bytes, flags: int) -> int: ...
+    def nd_open_parent(self, dirfd: int) -> int: ...
+    def nd_getattr(
+        self, fd: int, devices: Any, count: int, has_path: bool, path: int, body: Any
+    ) -> int: ...
+    def nd_readdir(
+        self, fd: int, offset: int, at_root: bool, devices: Any, count: int, out: Any, size: int
+    ) -> int: ...
+    def nd_getdents(self, fd: int, offset: int, out: Any, size: int) -> int: ...
+    def nd_create(
+        self, dirfd: int, name: bytes, flags: int, mode: int, uid: int, gid: int
+    ) -> int: ...
+    def nd_mkdir(self, dirfd: int, name: bytes, mode: int, uid: int, gid: int) -> int: ...
+    def nd_symlink(self, target: bytes, dirfd: int, name: bytes, uid: int, gid: int) -> int: ...
+    def nd_mknod(
+        self, dirfd: int, name: bytes, mode: int, major: int, minor: int, uid: int, gid: int
+    ) -> int: ...
+    def nd_chown(self, fd: int, uid: int, gid: int) -> int: ...
+    def nd_utimens(
+        self, fd: int, atime_sec: int, atime_nsec: int, mtime_sec: int, mtime_nsec: int
+    ) -> int: ...
+    def nd_fstatfs(self, fd: int, out: Any) -> int: ...
+    def nd_keep_capabilities(self) -> int: ...
+
+
+_ffi: Final[Any] = _libvring.ffi
+_lib: Final = cast("_Lib", _libvring.lib)
+_new: Final = _ffi.new
+_buffer: Final = _ffi.buffer
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+class QidDevices:
+    """The table that gives C the path number of an inode below 2^48: ``prefix | inode``."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._room = 8
+        self.array = _new("nd_qid_device[]", self._room)
+
+    def append(self, dev: int, prefix: int) -> None:
+        if self.count == self._room:
+            # Readers hold the old array alive; it stays right, only shorter.
+            larger = _new("nd_qid_device[]", self._room * 2)
+            larger[0 : self.count] = self.array[0 : self.count]
+            self.array, self._room = larger, self._room * 2
+        self.array[self.count].dev = dev
+        self.array[self.count].prefix = prefix
+        self.count += 1
+
+
+def walk(dirfd: int, name: bytes) -> tuple[int, Stat]:
+    """An O_PATH descriptor of ``name`` in a directory, links not followed, and its attributes."""
+    out = _new("nd_stat *")
+    fd = _checked(_lib.nd_walk(dirfd, name, out))
+    return fd, Stat._make(_STAT.unpack(_buffer(out)))
+
+
+def stat(fd: int) -> Stat:
+    """Attributes of what ``fd`` holds; O_PATH descriptors are fine."""
+    return stat_at(fd, b"")
+
+
+def stat_at(dirfd: int, name: bytes) -> Stat:
+    """Attributes of a name in a directory, the link itself if it is one."""
+    out = _new("nd_stat *")
+    _checked(_lib.nd_stat_at(dirfd, name, out))
+    return Stat._make(_STAT.unpack(_buffer(out)))
+
+
+def open_scoped(dirfd: int, name: bytes, flags: int) -> int:
+    """openat2 that neither leaves ``dirfd`` nor follows any link."""
+    return _checked(_lib.nd_open_scoped(dirfd, name, flags))
+
+
+def open_parent(dirfd: int) -> int:
+    """An O_PATH descriptor of ``..``, wherever that is: the caller checks that it may be used."""
+    return _checked(_lib.nd_open_parent(dirfd))
+
+
+def getattr_body(fd: int, devices: QidDevices) -> bytes | None:
+    """The body of an Rgetattr (9P2000.L) of what ``fd`` holds.
+
+    None if the table has no qid.path for it; then use ``getattr_body_as``.
+    """
+    body = _new("uint8_t[]", GETATTR_BODY)
+    result = _checked(_lib.nd_getattr(fd, devices.array, devices.count, False, 0, body))
+    return None if result == _UNMAPPED else _buffer(body)[:]
+
+
+def getattr_body_as(fd: int, path: int) -> bytes:
+    """The same with a given qid.path."""
+    body = _new("uint8_t[]", GETATTR_BODY)
+    _checked(_lib.nd_getattr(fd, _ffi.NULL, 0, True, path, body))
+    return cast("bytes", _buffer(body)[:])
+
+
+def readdir(fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
+    """A run of Rreaddir entries after position ``offset``, at most ``size`` bytes.
+
+    Empty at the end. EINVAL if not one entry fits, EDOM if the table has no number for the first.
+    """
+    out = _new("uint8_t[]", size)
+    got = _checked(_lib.nd_readdir(fd, offset, at_root, devices.array, devices.count, out, size))
+    return cast("bytes", _buffer(out)[0:got])
+
+
+def getdents(fd: int, offset: int, size: int = 32768) -> list[tuple[int, bytes]]:
+    """(position behind it, name) of directory entries after position ``offset``."""
+    out = _new("uint8_t[]", size)
+    got = _checked(_lib.nd_getdents(fd, offset, out, size))
+    data = bytes(_buffer(out)[0:got])
+    entries = []
+    at = 0
+    while at < got:
+        position = int.from_bytes(data[at + 8 : at + 16], "little")
+        length = int.from_bytes(data[at + 16 : at + 18], "little")
+        entries.append((position, data[at + 19 : data.index(0, at + 19)]))
+        at += length
+    return entries
+
+
+def create(dirfd: int, name: bytes, flags: int, mode: int, uid: int, gid: int) -> int:
+    """Create and open a regular file that does not exist yet (EEXIST), owned by uid and gid."""
+    return _checked(_lib.nd_create(dirfd, name, flags, mode, uid, gid))
+
+
+def mkdir(dirfd: int, name: bytes, mode: int, uid: int, gid: int) -> None:
+    """mkdirat(2) under the identity uid, gid."""
+    _checked(_lib.nd_mkdir(dirfd, name, mode, uid, gid))
+
+
+def symlink(target: bytes, dirfd: int, name: bytes, uid: int, gid: int) -> None:
+    """symlinkat(2) under the identity uid, gid."""
+    _checked(_lib.nd_symlink(target, dirfd, name, uid, gid))
+
+
+def mknod(dirfd: int, name: bytes, mode: int, major: int, minor: int, uid: int, gid: int) -> None:
+    """mknodat(2) under the identity uid, gid."""
+    _checked(_lib.nd_mknod(dirfd, name, mode, major, minor, uid, gid))
+
+
+def chown(fd: int, uid: int, gid: int) -> None:
+    """Change the owner of what ``fd`` holds, a symbolic link included; NO_ID keeps one."""
+    _checked(_lib.nd_chown(fd, uid, gid))
+
+
+def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+    """Set (seconds, nanoseconds) times; nanoseconds may be UTIME_NOW or UTIME_OMIT."""
+    _checked(_lib.nd_utimens(fd, *atime, *mtime))
+
+
+def fstatfs(fd: int) -> Statfs:
+    """Statistics of the file system that ``fd`` lies on."""
+    out = _new("nd_statfs *")
+    _checked(_lib.nd_fstatfs(fd, out))
+    return Statfs._make(_STATFS.unpack(_buffer(out)))
+
+
+def keep_capabilities() -> None:
+    """Let the calling thread keep its capabilities while it creates files as another user."""
+    _checked(_lib.nd_keep_capabilities())

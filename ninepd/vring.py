@@ -1,0 +1,262 @@
+"""The typed face of the C file's rings: guest memory, and the virtqueue of one device.
+
+Contract. The device thread alone calls ``wait`` and ``push``. Between the two a request's slot,
+named by its head, belongs to one thread, which alone calls the bulk functions on it. ``wake`` may
+come from anywhere. All else, and every change to the memory, needs the ring parked and no slot in
+use by a worker.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from struct import Struct
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+
+from ninepd.errors import RingBroken
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from cffi import FFI
+
+    CData: TypeAlias = FFI.CData
+    Ring: TypeAlias = CData | None  # None once closed: cffi refuses it
+
+REQUEST = Struct("=5I")  # head, readable, writable, header length, fault (an errno or 0)
+DONE = Struct("=3I")  # head, bytes to copy from the reply arena, used length
+
+MESSAGE_TYPES = 256
+
+
+class Counters(Protocol):
+    """Plain numbers that the device thread updates; reading them is free."""
+
+    requests: int
+    batches: int
+    kicks: int
+    calls: int
+    sleeps: int
+    spin_hits: int
+    in_flight: int
+    last_avail: int
+    used_index: int
+
+
+class _Lib(Protocol):
+    NP_READABLE: int
+    NP_WRITABLE: int
+
+    def np_memory_new(self) -> "CData": ...
+    def np_memory_add(
+        self, memory: "CData", gpa: int, size: int, ua: int, offset: int, fd: int, /
+    ) -> int: ...
+    def np_memory_remove(self, memory: "CData", gpa: int, size: int, ua: int, /) -> int: ...
+    def np_memory_clear(self, memory: "CData", /) -> None: ...
+    def np_memory_free(self, memory: "CData", /) -> None: ...
+    def np_vring_new(self, memory: "CData", config: "CData", /) -> "CData": ...
+    def np_vring_free(self, ring: "Ring", /) -> None: ...
+    def np_vring_broken(self, ring: "Ring", /) -> "CData": ...
+    def np_vring_set_call(self, ring: "Ring", fd: int, /) -> None: ...
+    def np_vring_wait(self, ring: "Ring", spin_us_max: int, /) -> int: ...
+    def np_vring_wake(self, ring: "Ring", /) -> None: ...
+    def np_vring_push(self, ring: "Ring", count: int, /) -> int: ...
+    def np_vring_copy(
+        self, ring: "Ring", stream: int, head: int, skip: int, data: "CData", size: int, /
+    ) -> int: ...
+    def np_vring_move(
+        self,
+        ring: "Ring",
+        stream: int,
+        head: int,
+        skip: int,
+        fd: int,
+        count: int,
+        offset: int,
+        flags: int,
+        /,
+    ) -> int: ...
+    def np_signal(self, fd: int, /) -> None: ...
+
+
+_module = import_module("ninepd._libvring")
+_lib: _Lib = _module.lib
+_ffi: "FFI" = _module.ffi
+_uncleared = _ffi.new_allocator(should_clear_after_alloc=False)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def signal_err(fd: int) -> None:
+    """Tell the front end that a ring broke; never blocks, never fails."""
+    _lib.np_signal(fd)
+
+
+class GuestMemory:
+    """What the front end shared: regions found by guest physical or by user address."""
+
+    def __init__(self) -> None:
+        self._memory = _ffi.gc(_lib.np_memory_new(), _lib.np_memory_free)
+
+    def add(self, gpa: int, size: int, user_addr: int, mmap_offset: int, fd: int) -> None:
+        """Map a region; the descriptor stays the caller's and may be closed.
+
+        EINVAL: no size, or a wrap. EEXIST: overlaps another. ENOSPC: too many. ENXIO: the file is
+        too short. Else what fstat or mmap said.
+        """
+        _check(_lib.np_memory_add(self._memory, gpa, size, user_addr, mmap_offset, fd))
+
+    def remove(self, gpa: int, size: int, user_addr: int) -> None:
+        """Unmap exactly this region, or ENOENT."""
+        _check(_lib.np_memory_remove(self._memory, gpa, size, user_addr))
+
+    def close(self) -> None:
+        """Unmap everything; the object is empty then, and usable."""
+        _lib.np_memory_clear(self._memory)
+
+
+class Vring:
+    """A started split ring.
+
+    ``batch``: the requests of the last ``wait``, to be read with ``REQUEST.iter_unpack``.
+    ``headers``, ``replies``: private arenas, ``header_stride`` and ``reply_stride`` bytes a slot.
+    ``done``: where ``push`` expects its entries, packed with ``DONE``.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        *,
+        num: int,
+        desc: int,
+        used: int,
+        avail: int,
+        base: int,
+        event_idx: bool,
+        indirect: bool,
+        kick: int,
+        call: int,
+        wake: int,
+        header_limits: Mapping[int, int] | None = None,
+        header_stride: int = 8704,
+        reply_stride: int = 256,
+        batch: int = 64,
+    ) -> None:
+        """Translate and check the three parts, or raise RingBroken.
+
+        Addresses are user addresses. ``base`` is the available index to go on from; the used index
+        is taken from guest memory. The three descriptors stay the caller's and must outlive the
+        ring. ``header_limits`` says, by message type, how much of a request is header (at least 7
+        bytes); other types are copied up to the stride.
+        """
+        limits = [header_stride] * MESSAGE_TYPES
+        for message_type, limit in (header_limits or {}).items():
+            limits[message_type] = min(max(limit, 7), header_stride)
+        # The arenas are Python's own objects, so that views of them outlive the ring.
+        slots = min(max(num, 0), 32768)  # a size that is refused needs no arenas
+        headers = _uncleared("uint8_t[]", slots * header_stride)
+        replies = _ffi.new("uint8_t[]", slots * reply_stride)
+        requests = _ffi.new("np_request[]", batch)
+        done = _ffi.new("np_done[]", slots)
+        counters = _ffi.new("np_counters *")
+        config = _ffi.new(
+            "np_vring_config *",
+            {
+                "num": num,
+                "desc": desc,
+                "used": used,
+                "avail": avail,
+                "base": base,
+                "event_idx": event_idx,
+                "indirect": indirect,
+                "kick": kick,
+                "call": call,
+                "wake": wake,
+                "header_stride": header_stride,
+                "reply_stride": reply_stride,
+                "batch": batch,
+                "headers": headers,
+                "replies": replies,
+                "requests": requests,
+                "done": done,
+                "counters": counters,
+                "limits": limits,
+            },
+        )
+        self.header_stride = header_stride
+        self.reply_stride = reply_stride
+        self.headers = memoryview(_ffi.buffer(headers)).toreadonly()
+        self.replies = memoryview(_ffi.buffer(replies))
+        self.batch = memoryview(_ffi.buffer(requests)).toreadonly()
+        self.done = memoryview(_ffi.buffer(done))
+        self.counters = cast("Counters", counters)
+        self._memory = memory  # mapped for as long as the ring points into it
+        ring = _lib.np_vring_new(memory._memory, config)  # noqa: SLF001
+        if ring == _ffi.NULL:
+            raise MemoryError
+        self._ring: Ring = _ffi.gc(ring, _lib.np_vring_free)
+        self._raise_if_broken()
+
+    def _raise_if_broken(self) -> None:
+        reason = cast("bytes", _ffi.string(_lib.np_vring_broken(self._ring)))
+        if reason:
+            raise RingBroken(reason.decode())
+
+    def close(self) -> None:
+        """Free the ring once no call is under way; counters and arenas stay readable."""
+        self._ring = None
+
+    def set_call(self, fd: int) -> None:
+        """Notify through another descriptor, or none (-1)."""
+        _lib.np_vring_set_call(self._ring, fd)
+
+    def wait(self, spin_us_max: int) -> int:
+        """Block until there are requests or a wake; return how many are in ``batch``.
+
+        A wake is consumed by whichever return comes next, so look for the cause of one after each.
+        """
+        count = _lib.np_vring_wait(self._ring, spin_us_max)
+        if count < 0:
+            self._raise_if_broken()
+        return count
+
+    def wake(self) -> None:
+        """Make ``wait`` return soon; cheap while the device thread is awake."""
+        _lib.np_vring_wake(self._ring)
+
+    def push(self, count: int) -> None:
+        """Return the requests named in ``done[:count]``, with at most one notification.
+
+        An entry that names no request in flight, or does not fit, is the caller's bug: those before
+        it are returned.
+        """
+        if _lib.np_vring_push(self._ring, count) < 0:
+            raise ValueError("push of a request that is not in flight, or of more than fits")
+
+    def scatter(self, head: int, skip: int, data: "ReadableBuffer") -> None:
+        """Copy data into the writable stream, wholly or (EMSGSIZE) not at all."""
+        source = _ffi.from_buffer(data)
+        _check(_lib.np_vring_copy(self._ring, _lib.NP_WRITABLE, head, skip, source, len(source)))
+
+    def gather(self, head: int, skip: int, count: int) -> bytes:
+        """Copy exactly count bytes of the readable stream, or EMSGSIZE."""
+        target = _uncleared("uint8_t[]", count)
+        _check(_lib.np_vring_copy(self._ring, _lib.NP_READABLE, head, skip, target, count))
+        return bytes(_ffi.buffer(target))
+
+    def readv(self, head: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
+        """preadv2 from a file into the writable stream; offset -1 is the file's own position.
+
+        Fewer bytes than asked for is a success. EINTR is reported, so that a worker can be stopped.
+        """
+        return _check(
+            _lib.np_vring_move(self._ring, _lib.NP_WRITABLE, head, skip, fd, count, offset, flags)
+        )
+
+    def writev(self, head: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
+        """pwritev2 from the readable stream to a file; otherwise as readv."""
+        return _check(
+            _lib.np_vring_move(self._ring, _lib.NP_READABLE, head, skip, fd, count, offset, flags)
+        )
