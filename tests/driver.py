@@ -276,13 +276,15 @@ class Driver:
         return True
 
     def reply(self, head: int, length: int | None = None) -> bytes:
-        """The writable stream of a finished request, checked for writes beyond; frees the chain."""
-        used, segments = self._chains.pop(head)
-        self._free += used
-        data = b"".join(self.read(s.addr, s.length) for s in segments if s.writable)
+        """The writable stream of a finished request, whose chain becomes free."""
+        data = b"".join(self.read(s.addr, s.length) for s in self._chains[head][1] if s.writable)
+        self.free(head)
+        return data if length is None else data[:length]
+
+    def free(self, head: int) -> None:
+        self._free += self._chains.pop(head)[0]
         if not self._chains:
             self._brk = self.heap
-        return data if length is None else data[:length]
 
     def guards_intact(self, head: int) -> bool:
         """For requests made by ``submit``: nothing was written past any of its buffers."""

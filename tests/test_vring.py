@@ -359,8 +359,8 @@ def two_cycle(d: Driver) -> None:
 
 
 def long_loop(d: Driver) -> None:
-    for i in range(d.num):
-        d.write_desc(i, d.gpa(d.heap), 1, NEXT, (i + 1) % d.num)
+    for i in range(3, d.num):
+        d.write_desc(i, d.gpa(d.heap), 1, NEXT, i + 1 if i + 1 < d.num else 3)
     d.publish(3)
 
 
@@ -434,19 +434,23 @@ def test_available_index_jumps(rig: Rig, jump: int) -> None:
         rig.take()
 
 
-def start(d: Driver, **changes: int) -> None:
+def start(
+    d: Driver,
+    *,
+    num: int | None = None,
+    desc: int | None = None,
+    used: int | None = None,
+    avail: int | None = None,
+) -> None:
     with closing(GuestMemory()) as memory:
         for region in d.regions:
             memory.add(*region, d.fd)
-        parts = {
-            "num": d.num,
-            "desc": d.user_addr(d.desc),
-            "used": d.user_addr(d.used),
-            "avail": d.user_addr(d.avail),
-        }
         Vring(
             memory,
-            **(parts | changes),
+            num=d.num if num is None else num,
+            desc=d.user_addr(d.desc) if desc is None else desc,
+            used=d.user_addr(d.used) if used is None else used,
+            avail=d.user_addr(d.avail) if avail is None else avail,
             base=0,
             event_idx=True,
             indirect=True,
@@ -480,11 +484,10 @@ def test_ring_set_up() -> None:
 
 
 def test_a_part_must_lie_in_one_region() -> None:
-    half = Driver(num=256).heap // 2 // 4096 * 4096
+    """Adjacent is not enough: the ring is used through one pointer."""
     regions = [Region(0, 2048, UA, 0), Region(2048, 8 * MIB - 2048, UA + 2048, 2048)]
     with closing(Driver(num=256, regions=regions)) as d, pytest.raises(RingBroken, match="desc"):
         start(d)
-    assert half
 
 
 # ---- a driver that rewrites under our eyes ----
@@ -726,7 +729,7 @@ class Device(threading.Thread):
         return sum(int(line.split()[1]) for line in status.splitlines() if "ctxt_switches" in line)
 
 
-@pytest.mark.parametrize("spin", [0, 100])
+@pytest.mark.parametrize("spin", [0, 1000])
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_nothing_is_lost_between_busy_and_idle(spin: int, event_idx: bool) -> None:
     """Ping-pong: each request needs the device to notice it, asleep, spinning or in between."""
@@ -1037,7 +1040,8 @@ def test_509_regions() -> None:
     # The ring needs contiguous pages: the first region is big, the others hold a page each.
     first = Region(1 << 40, 64 * page, UA, 0)
     regions = [first] + [
-        Region((i + 200) << 33, page, UA + ((i + 1) << 33), (64 + i) * page) for i in scattered[:508]
+        Region((i + 200) << 33, page, UA + ((i + 1) << 33), (64 + i) * page)
+        for i in scattered[:508]
     ]
     with closing(Rig(Driver(size=(64 + 509) * page, regions=regions))) as rig:
         with pytest.raises(OSError, match="No space left"):
@@ -1054,7 +1058,7 @@ def test_509_regions() -> None:
             assert hole(rig, (regions[1].gpa, 7, False), (region.gpa + page, 1, True))[3] == 14
             rig.push(*((head, 0, 0) for head in list(d._chains)))
             for head in list(d._chains):
-                d.reply(head)
+                d.free(head)
         for region in regions[1:]:
             rig.memory.remove(region.gpa, region.size, region.user_addr)
         assert hole(rig, (regions[5].gpa, 7, False))[3] == errno.EFAULT
