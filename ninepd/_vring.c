@@ -163,7 +163,6 @@ static bool patch_hole(uintptr_t at) {
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
     int saved = errno;
-    (void)context;
     if (info->si_code <= 0 || !patch_hole((uintptr_t)info->si_addr)) {
         /* Not ours: the old disposition gets it, by the same instruction faulting again. */
         sigaction(number, &previous_sigbus, NULL);
@@ -191,13 +190,13 @@ static bool overlap(uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len) {
     return a - b < b_len || b - a < a_len;
 }
 
-/* Where gpa lies among the sorted regions: the first one that starts above it. */
-static uint32_t upper_bound(const np_memory *m, uint64_t gpa) {
+/* The last region that starts at or below gpa; the first if none does. */
+static uint32_t find(const np_memory *m, uint64_t gpa) {
     uint32_t low = 0, high = m->count;
-    while (low < high) {
+    while (low + 1 < high) {
         uint32_t middle = (low + high) / 2;
         if (m->regions[middle].gpa <= gpa)
-            low = middle + 1;
+            low = middle;
         else
             high = middle;
     }
@@ -209,16 +208,11 @@ static uint32_t upper_bound(const np_memory *m, uint64_t gpa) {
  * hint is the caller's last hit: a private one per ring needs no atomics.
  */
 static uint8_t *resolve(const np_memory *m, uint64_t gpa, uint64_t *len, uint32_t *hint) {
+    if (*hint >= m->count || gpa - m->regions[*hint].gpa >= m->regions[*hint].size)
+        *hint = find(m, gpa);
     const struct region *r = &m->regions[*hint];
-    if (*hint >= m->count || gpa - r->gpa >= r->size) {
-        uint32_t above = upper_bound(m, gpa);
-        if (above == 0)
-            return NULL;
-        r = &m->regions[above - 1];
-        if (gpa - r->gpa >= r->size)
-            return NULL;
-        *hint = above - 1;
-    }
+    if (*hint >= m->count || gpa - r->gpa >= r->size)
+        return NULL;
     uint64_t at = gpa - r->gpa;
     *len = min(*len, r->size - at);
     return r->host + at;
@@ -281,10 +275,10 @@ static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua,
     atomic_store(&r.mapping->page, page);
     atomic_store(&r.mapping->lost, &m->lost);
     atomic_store(&r.mapping->start, (uintptr_t)r.map);
-    uint32_t at = upper_bound(m, gpa);
-    memmove(&m->regions[at + 1], &m->regions[at], (m->count - at) * sizeof(r));
+    uint32_t at = m->count++;
+    for (; at && m->regions[at - 1].gpa > gpa; at--)
+        m->regions[at] = m->regions[at - 1];
     m->regions[at] = r;
-    m->count++;
     return 0;
 }
 
@@ -294,13 +288,13 @@ static void unmap_region(struct region *r) {
 }
 
 static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua) {
-    uint32_t above = upper_bound(m, gpa);
-    struct region *r = above ? &m->regions[above - 1] : NULL;
-    if (!r || r->gpa != gpa || r->size != size || r->ua != ua)
+    uint32_t at = find(m, gpa);
+    struct region *r = &m->regions[at];
+    if (at >= m->count || r->gpa != gpa || r->size != size || r->ua != ua)
         return -ENOENT;
     unmap_region(r);
     m->count--;
-    memmove(r, r + 1, (m->count + 1 - above) * sizeof(*r));
+    memmove(r, r + 1, (m->count - at) * sizeof(*r));
     return 0;
 }
 
@@ -356,7 +350,8 @@ static void np_signal(int fd) { send_signal(fd, signal_kind(fd)); }
 
 enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
 enum { AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
-enum { FLAGS, INDEX, RING }; /* u16 places in the avail and used areas */
+enum { PREFIX = 7, TYPE = 4 }; /* of a 9P message: size[4] type[1] tag[2] */
+enum { FLAGS, INDEX, RING };   /* u16 places in the avail and used areas */
 
 struct descriptor {
     uint64_t addr;
@@ -422,14 +417,14 @@ static void copy_in(void *to, const void *guest, size_t len) {
     atomic_signal_fence(memory_order_seq_cst);
 }
 
-static uint8_t *locate(np_vring *v, const char *what, uint64_t ua, uint64_t len, uint32_t align) {
+static uint8_t *locate(np_vring *v, const char *what, unsigned long long ua, uint64_t len,
+                       uint32_t align) {
     uint8_t *host = find_ua(v->memory, ua, len);
     if (!host)
-        broken(v, "the %s (%llu bytes at 0x%llx) is not inside one memory region (%u known)", what,
-               (unsigned long long)len, (unsigned long long)ua, v->memory->count);
+        broken(v, "the %s at 0x%llx is not inside one of the %u memory regions", what, ua,
+               v->memory->count);
     else if (((uintptr_t)host | ua) % align)
-        broken(v, "the %s at 0x%llx is not aligned to %u bytes", what, (unsigned long long)ua,
-               align);
+        broken(v, "the %s at 0x%llx is not aligned to %u bytes", what, ua, align);
     else
         return host;
     return NULL;
@@ -452,7 +447,7 @@ static void locate_ring(np_vring *v) {
     v->avail = (_Atomic uint16_t *)avail;
     v->used = (_Atomic uint16_t *)used;
     v->used_ring = (_Atomic uint32_t *)(used + 4);
-    /* The only time the guest's copy counts: a resumed ring goes on where it was left. */
+    /* The guest's copy counts only here: a resumed ring goes on where it was left. */
     v->counters->used_index = load16(&v->used[INDEX], memory_order_relaxed);
 }
 
@@ -541,15 +536,14 @@ static void copy(const struct slot *slot, int stream, uint64_t skip, uint8_t *da
 
 /* ---- Taking requests ---- */
 
-static struct descriptor descriptor(uint64_t addr, uint64_t rest) {
+static struct descriptor fetch(np_vring *v, bool in_table, uint32_t at) {
+    uint64_t addr =
+        in_table ? v->table[2 * at] : atomic_load_explicit(&v->desc[2 * at], memory_order_relaxed);
+    uint64_t rest = in_table ? v->table[2 * at + 1]
+                             : atomic_load_explicit(&v->desc[2 * at + 1], memory_order_relaxed);
     rest = le64toh(rest);
     return (struct descriptor){le64toh(addr), (uint32_t)rest, (uint16_t)(rest >> 32),
                                (uint16_t)(rest >> 48)};
-}
-
-static struct descriptor load_descriptor(np_vring *v, uint32_t at) {
-    return descriptor(atomic_load_explicit(&v->desc[2 * at], memory_order_relaxed),
-                      atomic_load_explicit(&v->desc[2 * at + 1], memory_order_relaxed));
 }
 
 /* Copies an indirect table, which may cross regions, and returns its number of entries or -1. */
@@ -608,7 +602,6 @@ static uint32_t append(np_vring *v, struct slot *slot, int direction, uint64_t a
 
 /* The fixed part of the message. The first seven bytes say how long that is; they are kept. */
 static uint32_t copy_header(np_vring *v, uint32_t head) {
-    enum { PREFIX = 7, TYPE = 4 };
     const struct slot *slot = &v->slots[head];
     uint8_t *header = v->config.headers + (size_t)head * v->config.header_stride;
     uint64_t len = slot->stream[NP_READABLE].bytes;
@@ -627,12 +620,11 @@ static int take(np_vring *v, uint32_t head, np_request *request) {
     if (slot->in_flight)
         return broken(v, "head %u is available again while in flight", head);
     memset(slot->stream, 0, sizeof(slot->stream));
-    uint32_t fault = 0, size = v->config.num, left = size, at = head;
-    bool closed[2] = {false, false}, in_table = false;
+    uint32_t fault[2] = {0, 0}, size = v->config.num, left = size, at = head;
+    bool in_table = false;
     int direction = NP_READABLE;
     for (;;) {
-        struct descriptor d =
-            in_table ? descriptor(v->table[2 * at], v->table[2 * at + 1]) : load_descriptor(v, at);
+        struct descriptor d = fetch(v, in_table, at);
         if (d.flags & DESC_INDIRECT) {
             int entries = in_table ? broken(v, "an INDIRECT descriptor inside an indirect table")
                                    : load_table(v, d);
@@ -647,13 +639,8 @@ static int take(np_vring *v, uint32_t head, np_request *request) {
             direction = NP_WRITABLE;
         else if (direction == NP_WRITABLE)
             return broken(v, "a readable descriptor after a writable one, head %u", head);
-        if (!closed[direction]) {
-            uint32_t error = append(v, slot, direction, d.addr, d.len);
-            if (error) {
-                fault = error;
-                closed[direction] = true; /* the stream ends at its first hole */
-            }
-        }
+        if (!fault[direction]) /* a stream ends at its first hole */
+            fault[direction] = append(v, slot, direction, d.addr, d.len);
         if (!(d.flags & DESC_NEXT))
             break;
         if (--left == 0)
@@ -665,11 +652,11 @@ static int take(np_vring *v, uint32_t head, np_request *request) {
     slot->in_flight = true;
     v->counters->in_flight++;
     uint32_t header_len = copy_header(v, head);
-    if (!fault && header_len < 7)
-        fault = EBADMSG;
-    *request =
-        (np_request){head, (uint32_t)min(slot->stream[NP_READABLE].bytes, UINT32_MAX),
-                     (uint32_t)min(slot->stream[NP_WRITABLE].bytes, UINT32_MAX), header_len, fault};
+    if (!fault[NP_READABLE] && header_len < PREFIX)
+        fault[NP_READABLE] = EBADMSG;
+    *request = (np_request){head, (uint32_t)min(slot->stream[NP_READABLE].bytes, UINT32_MAX),
+                            (uint32_t)min(slot->stream[NP_WRITABLE].bytes, UINT32_MAX), header_len,
+                            fault[NP_READABLE] ? fault[NP_READABLE] : fault[NP_WRITABLE]};
     return 0;
 }
 
@@ -720,16 +707,6 @@ static bool something(np_vring *v) {
            atomic_load_explicit(&v->memory->lost, memory_order_relaxed);
 }
 
-static bool spin(np_vring *v, uint64_t start) {
-    while (now_ns() - start < v->window_ns)
-        for (int i = 0; i < 16; i++) {
-            if (something(v))
-                return true;
-            relax();
-        }
-    return false;
-}
-
 /* While we work, kicks are unwanted: with EVENT_IDX a stale avail_event sees to that. */
 static void allow_kicks(np_vring *v, bool allow) {
     if (!v->config.event_idx)
@@ -738,10 +715,8 @@ static void allow_kicks(np_vring *v, bool allow) {
         store16(&v->used[RING + 4 * v->config.num], v->counters->last_avail, memory_order_relaxed);
 }
 
-/*
- * Takes what poll() found readable. A kick may be a blocking eventfd that another process reads as
- * well; RWF_NOWAIT keeps us from hanging in it. The end of a file would be readable for ever.
- */
+/* Takes what poll() found readable. A kick may be a blocking eventfd that others read as well:
+ * RWF_NOWAIT keeps us from hanging in it. The end of a file would be readable for ever. */
 static int drain(np_vring *v, const char *what, int fd) {
     uint64_t value;
     struct iovec iov = {.iov_base = &value, .iov_len = sizeof(value)};
@@ -785,10 +760,12 @@ static int doze(np_vring *v) {
 static int idle(np_vring *v, uint64_t max_ns) {
     uint64_t start = now_ns();
     v->window_ns = min(v->window_ns, max_ns);
-    if (v->window_ns && spin(v, start)) {
-        v->counters->spin_hits++;
-        return 0;
-    }
+    while (now_ns() - start < v->window_ns)
+        for (int i = 0; i < 16; i++, relax())
+            if (something(v)) {
+                v->counters->spin_hits++;
+                return 0;
+            }
     int result = 0;
     allow_kicks(v, true);
     atomic_store(&v->asleep, true);
@@ -808,9 +785,8 @@ static int idle(np_vring *v, uint64_t max_ns) {
 }
 
 /*
- * The number of requests taken, now in config.requests; 0 after a wake alone; -1 when the ring is
- * broken. A wake is consumed by whichever return comes next, so the caller looks at what it may
- * have been woken for after each.
+ * How many requests were taken into config.requests; 0 after a mere wake; -1: the ring is broken.
+ * Whichever return comes next consumes a wake, so the caller looks for its cause after each.
  */
 static int np_vring_wait(np_vring *v, uint32_t spin_us_max) {
     if (v->broken[0] || (!something(v) && idle(v, 1000ull * spin_us_max) < 0))
@@ -854,19 +830,15 @@ static void notify(np_vring *v) {
 
 /* Publishes config.done[0..count); -EINVAL at an entry that names no request or does not fit. */
 static int np_vring_push(np_vring *v, uint32_t count) {
-    int result = 0;
     uint32_t i;
     if (count > v->config.num)
         return -EINVAL;
     for (i = 0; i < count; i++) {
         np_done done = v->config.done[i];
         struct slot *slot = slot_in_flight(v, done.head);
-        if (!slot || done.copy_len > v->config.reply_stride ||
-            done.copy_len > slot->stream[NP_WRITABLE].bytes ||
-            done.used_len > slot->stream[NP_WRITABLE].bytes) {
-            result = -EINVAL;
+        uint64_t room = slot ? slot->stream[NP_WRITABLE].bytes : 0;
+        if (!slot || done.used_len > room || done.copy_len > min(room, v->config.reply_stride))
             break;
-        }
         copy(slot, NP_WRITABLE, 0, v->config.replies + (size_t)done.head * v->config.reply_stride,
              done.copy_len);
         uint32_t at = 2 * ((v->counters->used_index + i) & (v->config.num - 1));
@@ -880,7 +852,7 @@ static int np_vring_push(np_vring *v, uint32_t count) {
         store16(&v->used[INDEX], v->counters->used_index, memory_order_release);
         notify(v);
     }
-    return result;
+    return i < count ? -EINVAL : 0;
 }
 
 /* ---- Bulk data, for whoever owns the slot ---- */
@@ -897,8 +869,8 @@ static int np_vring_copy(np_vring *v, int stream, uint32_t head, uint64_t skip, 
     return atomic_load(&v->memory->lost) ? -EFAULT : 0;
 }
 
-/* Moves up to count bytes between a file and a stream; fewer at the end of either, or after a
- * short read or write. An error is reported only if nothing was moved before it. */
+/* Moves up to count bytes between a file and a stream, as preadv2 and pwritev2 do; an error is
+ * reported only if nothing was moved before it. */
 static int64_t np_vring_move(np_vring *v, int stream, uint32_t head, uint64_t skip, int fd,
                              uint64_t count, int64_t offset, int flags) {
     struct iovec window[IOV_MAX];
@@ -921,9 +893,7 @@ static int64_t np_vring_move(np_vring *v, int stream, uint32_t head, uint64_t sk
         if (n < 0)
             return total ? total : -errno;
         total += n;
-        count -= wanted;
-        if ((uint64_t)n < wanted)
-            break;
+        count = (uint64_t)n < wanted ? 0 : count - wanted; /* a short transfer is the last one */
     }
     return total;
 }

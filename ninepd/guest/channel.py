@@ -115,7 +115,7 @@ class Channel:
         with self._state:
             self._alive()
             if job.ident not in self._jobs:
-                raise self.failure("the guest process has ended")
+                raise GuestError("the guest process has ended: start another one")
             self._questions[number] = (job.ident, future)
         self.send("do", job.ident, number, *arguments)
         return future
@@ -199,16 +199,18 @@ class Channel:
         if job:
             job.status.set_result(status)
         for future in orphans:
-            future.set_exception(self.failure(f"the guest process has ended with status {status}"))
+            future.set_exception(GuestError(f"the guest process has ended with status {status}"))
 
     def _abandon(self, why: str) -> None:
         """With the state locked: nothing that was asked will be answered."""
         jobs, questions = self._jobs, self._questions
         self._jobs, self._questions = {}, {}
-        for job in jobs.values():
-            job.status.set_exception(self.failure(why))
-        for _, future in questions.values():
-            future.set_exception(self.failure(why))
+        if jobs or questions:
+            text = str(self.failure(why))
+            for job in jobs.values():
+                job.status.set_exception(GuestError(text))
+            for _, future in questions.values():
+                future.set_exception(GuestError(text))
         self._state.notify_all()
 
     def result(self, future: Future[T], timeout: float | None, what: str) -> T:

@@ -59,6 +59,8 @@ class HostProgram:
 
     def evidence(self) -> str:
         """The last words, for a message."""
+        if self.wait(0.2):  # it may be on its way out, with more to say
+            self._thread.join(1)
         tail = bytes(self._output[-TAIL:]).decode(errors="replace").strip()
         status = self._process.poll()
         state = "runs" if status is None else f"has ended with status {status}"

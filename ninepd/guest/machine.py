@@ -15,6 +15,7 @@ from .terminal import interact
 
 BOOT_LIMIT = 180.0  # seconds; TCG on a busy machine takes a while
 FAREWELL_LIMIT = 20.0
+MOUNTS_ESCAPES = str.maketrans({char: f"\\{ord(char):03o}" for char in " \t\n\\"})
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,10 @@ class Guest:
         if options:
             chosen.append(options)
         where = shlex.quote(path)
+        seen = shlex.quote(f" {path.translate(MOUNTS_ESCAPES)} 9p ")
         self.run(
             f"mkdir -p {where} && mount -t 9p -o {shlex.quote(','.join(chosen))} "
-            f"{shlex.quote(tag)} {where} && grep -q {shlex.quote(f' {path} 9p ')} /proc/mounts",
+            f"{shlex.quote(tag)} {where} && grep -qF {seen} /proc/mounts",
             timeout=timeout,
         )
 

@@ -123,8 +123,10 @@ class Archive:
             self._write("updated", "")
 
     def _write(self, name: str, text: str) -> None:
-        with open(os.path.join(self.root, name), "w") as file:
+        path = os.path.join(self.root, name)
+        with open(f"{path}.new", "w") as file:
             file.write(text)
+        os.replace(f"{path}.new", path)  # another process may be reading the old one
 
     def _run(self, *arguments: str, cwd: str | None = None) -> str:
         return command(list(arguments), cwd=cwd, env={"APT_CONFIG": self.config})

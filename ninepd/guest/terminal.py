@@ -4,11 +4,11 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import termios
 import tty
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
 
 from .channel import Channel
 
@@ -18,12 +18,12 @@ def interact(channel: Channel, command: str = "") -> int:
     size = _size()
     with _raw_terminal(), _wakeup() as (woken, wake):
         job = channel.start("tty", command.encode(), *size, sink=_show)
-        job.status.add_done_callback(lambda _: os.write(wake, b"."))
-        watched = [0, woken]
+        job.status.add_done_callback(lambda _: wake())
+        watched: list[int | socket.socket] = [0, woken]
         while not job.status.done():
             ready = select.select(watched, [], [])[0]
             if woken in ready:
-                os.read(woken, 64)
+                woken.recv(64)
                 if _size() != size:
                     size = _size()
                     channel.send("win", job.ident, *size)
@@ -63,17 +63,19 @@ def _raw_terminal() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _wakeup() -> Iterator[tuple[int, int]]:
-    """A pipe that also becomes readable when the terminal's size changes."""
-    woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+def _wakeup() -> Iterator[tuple[socket.socket, Callable[[], None]]]:
+    """Something to watch, and what wakes its watcher; so does a change of the terminal's size."""
+    woken, waker = socket.socketpair()
+    waker.setblocking(False)
 
-    def resized(_number: int, _frame: FrameType | None) -> None:
-        os.write(wake, b".")
+    def wake(*_: object) -> None:
+        with contextlib.suppress(OSError):  # full, so awake already; or nobody watches any more
+            waker.send(b".")
 
-    before = signal.signal(signal.SIGWINCH, resized)
+    before = signal.signal(signal.SIGWINCH, wake)
     try:
         yield woken, wake
     finally:
         signal.signal(signal.SIGWINCH, before)
-        os.close(woken)
-        os.close(wake)
+        woken.close()
+        waker.close()

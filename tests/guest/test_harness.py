@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ninepd.guest import abi
-from ninepd.guest.boot import Virtfs, boot_qemu, boot_uml
+from ninepd.guest.boot import Share, Virtfs, boot_qemu, boot_uml
 from ninepd.guest.errors import GuestError, GuestTimeout
 from ninepd.guest.image import Cpio
 from ninepd.guest.machine import Guest
@@ -290,6 +290,24 @@ class TestMachine:
         with pytest.raises(GuestError, match=r"(?s)did not come up.*no-such-device"):
             boot_qemu(extra_args=["-device", "no-such-device"])
 
+    def test_a_share_that_nobody_serves(self, tmp_path: Path) -> None:
+        with pytest.raises(GuestError, match=r"(?s)did not come up.*Failed to connect"):
+            boot_qemu([Share("tag", str(tmp_path / "no.sock"))])
+
+    def test_shell_on_a_pipe(self) -> None:
+        code = """
+            import sys
+            from ninepd.guest.boot import boot_uml
+            with boot_uml() as guest:
+                sys.exit(guest.shell())
+        """
+        child = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            input=b"echo $((40 + 2))\nexit 5\n", stdout=subprocess.PIPE, timeout=60, check=False,
+        )  # fmt: skip
+        assert child.returncode == 5
+        assert b"\r\n42\r\n" in child.stdout
+
     def test_kill(self) -> None:
         guest = boot_uml()
         pid = guest.pid
@@ -334,7 +352,7 @@ class TestMachine:
         )
         os.close(theirs)
         seen = _read_until(ours, b"# ")
-        os.write(ours, b"tty; sleep 100\r")
+        os.write(ours, b"sh -c 'tty; exec sleep 100'\r")
         seen = _read_until(ours, b"/dev/pts/0")
         os.write(ours, b"\x03")  # ^C is the guest's
         os.write(ours, b"echo $((40 + 2)); exit 7\r")

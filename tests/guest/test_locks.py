@@ -1,0 +1,220 @@
+"""Locks exclude two guests, and a guest and the host's processes, from each other."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ninepd.guest.abi import F_RDLCK, F_UNLCK, F_WRLCK
+from ninepd.guest.boot import Share, boot_uml
+from ninepd.guest.machine import Guest
+from ninepd.guest.remote import Process
+from tests.client import Daemon
+from tests.conftest import StartDaemon
+from tests.guest.support import TAG, Place, eventually
+
+RETRY = "locktimeout=1"
+"""Seconds until the client asks again for a lock that it waits for; its default is 30."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Guest, Guest, Path]]:
+    """Two guests, each with its own daemon on one directory."""
+    folder = tmp_path_factory.mktemp("pair")
+    export = folder / "export"
+    export.mkdir()
+    daemons = [Daemon(socket=str(folder / n), export=str(export), tag=TAG) for n in ("a", "b")]
+    try:
+        with (
+            boot_uml([Share(TAG, daemons[0].socket)]) as one,
+            boot_uml([Share(TAG, daemons[1].socket)]) as two,
+        ):
+            one.mount(TAG, options=RETRY)
+            two.mount(TAG, options=RETRY)
+            yield one, two, export
+    finally:
+        for daemon in daemons:
+            daemon.stop()
+
+
+@pytest.fixture
+def processes(pair: tuple[Guest, Guest, Path]) -> Iterator[tuple[Process, Process]]:
+    """One in each guest, with descriptor 3 on a file that both see."""
+    one, two, export = pair
+    (export / "file").write_bytes(bytes(100))
+    with one.process() as first, two.process() as second:
+        assert first.open("/mnt/file", os.O_RDWR) == 3
+        assert second.open("/mnt/file", os.O_RDWR) == 3
+        yield first, second
+    (export / "file").unlink()
+
+
+FD = 3
+
+
+def refused(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except BlockingIOError:
+        return True
+    return False
+
+
+class TestTwoGuests:
+    def test_fcntl(self, processes: tuple[Process, Process]) -> None:
+        first, second = processes
+        first.setlk(FD, F_WRLCK)
+        assert refused(lambda: second.setlk(FD, F_WRLCK))
+        assert refused(lambda: second.setlk(FD, F_RDLCK))
+        assert second.getlk(FD, F_RDLCK).type == F_WRLCK
+        first.setlk(FD, F_UNLCK)
+        assert second.getlk(FD, F_WRLCK).type == F_UNLCK
+        second.setlk(FD, F_WRLCK)
+        assert refused(lambda: first.setlk(FD, F_RDLCK))
+
+    def test_shared(self, processes: tuple[Process, Process]) -> None:
+        first, second = processes
+        first.setlk(FD, F_RDLCK)
+        second.setlk(FD, F_RDLCK)
+        assert refused(lambda: second.setlk(FD, F_WRLCK))
+        first.setlk(FD, F_UNLCK)
+        second.setlk(FD, F_WRLCK)
+
+    def test_ranges(self, processes: tuple[Process, Process]) -> None:
+        first, second = processes
+        first.setlk(FD, F_WRLCK, 10, 10)
+        second.setlk(FD, F_WRLCK, 0, 10)
+        second.setlk(FD, F_WRLCK, 20, 0)
+        assert refused(lambda: second.setlk(FD, F_WRLCK, 19, 1))
+        found = second.getlk(FD, F_WRLCK)
+        assert (found.type, found.start, found.length) == (F_WRLCK, 10, 10)
+        first.setlk(FD, F_UNLCK, 15, 5)
+        second.setlk(FD, F_WRLCK, 15, 5)
+        assert refused(lambda: second.setlk(FD, F_WRLCK, 14, 1))
+
+    def test_flock(self, processes: tuple[Process, Process]) -> None:
+        first, second = processes
+        first.flock(FD, fcntl.LOCK_EX)
+        assert refused(lambda: second.flock(FD, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        assert refused(lambda: second.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        first.flock(FD, fcntl.LOCK_UN)
+        second.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        first.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert refused(lambda: first.flock(FD, fcntl.LOCK_EX | fcntl.LOCK_NB))
+
+    def test_exclusive_flock_of_a_descriptor_for_reading(
+        self, processes: tuple[Process, Process]
+    ) -> None:
+        first, second = processes
+        fd = first.open("/mnt/file", os.O_RDONLY)
+        first.flock(fd, fcntl.LOCK_EX)
+        assert refused(lambda: second.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        first.close(fd)
+        second.flock(FD, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    @pytest.mark.parametrize("how", ["close", "kill"])
+    def test_release_at_the_end(self, processes: tuple[Process, Process], how: str) -> None:
+        first, second = processes
+        first.setlk(FD, F_WRLCK)
+        assert refused(lambda: second.setlk(FD, F_WRLCK))
+        if how == "close":
+            first.close(FD)
+        else:
+            first.kill()
+        second.setlk(FD, F_WRLCK)
+
+    def test_one_descriptor_of_two_keeps_the_lock(
+        self, pair: tuple[Guest, Guest, Path], processes: tuple[Process, Process]
+    ) -> None:
+        """Another process of the same guest opens and closes the file: nothing changes."""
+        first, second = processes
+        first.setlk(FD, F_WRLCK)
+        with pair[0].process() as third:
+            third.close(third.open("/mnt/file", os.O_RDWR))
+        assert refused(lambda: second.setlk(FD, F_WRLCK))
+
+    def test_a_waiter_gets_it(self, processes: tuple[Process, Process]) -> None:
+        first, second = processes
+        first.setlk(FD, F_WRLCK)
+        waiting = second.setlkw(FD, F_WRLCK)
+        time.sleep(0.3)
+        assert not waiting.done
+        # While it waits, the daemon of that guest serves others.
+        assert first.fstat(FD).size == 100
+        first.setlk(FD, F_UNLCK)
+        assert waiting.result(10) == 0
+        assert refused(lambda: first.setlk(FD, F_RDLCK))
+
+    def test_counting_together(
+        self, pair: tuple[Guest, Guest, Path], processes: tuple[Process, Process]
+    ) -> None:
+        """Two guests that add to one number under a lock lose nothing."""
+        *guests, export = pair
+        (export / "count").write_text("0")
+        script = """
+            n=0
+            while [ $n -lt 25 ]; do
+                flock 9; c=$(cat /mnt/count); echo $((c + 1)) > /mnt/count; flock -u 9
+                n=$((n + 1))
+            done 9>>/mnt/lock
+        """
+        running = [guest.start(script) for guest in guests]
+        for one in running:
+            result = one.wait(120)
+            assert result.status == 0, result.text
+        assert (export / "count").read_text() == "50\n"
+
+
+def test_a_crash_of_the_guest_releases(start_daemon: StartDaemon, export: Path) -> None:
+    (export / "file").write_bytes(b"x")
+    guest = boot_uml([Share(TAG, start_daemon().socket)])
+    try:
+        guest.mount(TAG)
+        process = guest.process()
+        process.setlk(process.open("/mnt/file", os.O_RDWR), F_WRLCK)
+        with (export / "file").open("r+") as file:
+            assert refused(lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            guest.kill()
+            eventually(
+                lambda: not refused(lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)),
+                "the lock of a guest that is gone is free",
+            )
+    finally:
+        guest.kill()
+
+
+class TestGuestAndHost:
+    def test_the_guest_excludes_the_host(self, place: Place) -> None:
+        (place.host / "file").write_bytes(bytes(100))
+        with place.guest.process() as process, (place.host / "file").open("r+") as file:
+            fd = process.open(f"{place.path}/file", os.O_RDWR)
+            process.setlk(fd, F_WRLCK, 0, 50)
+            assert refused(lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 50, 50)
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            process.setlk(fd, F_UNLCK)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_the_host_excludes_the_guest(self, place: Place) -> None:
+        (place.host / "file").write_bytes(bytes(100))
+        with place.guest.process() as process, (place.host / "file").open("r+") as file:
+            fd = process.open(f"{place.path}/file", os.O_RDWR)
+            fcntl.lockf(file, fcntl.LOCK_EX, 20, 30)
+            assert refused(lambda: process.setlk(fd, F_RDLCK))
+            assert refused(lambda: process.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            found = process.getlk(fd, F_WRLCK)
+            assert (found.type, found.start, found.length) == (F_WRLCK, 30, 20)
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            process.setlk(fd, F_WRLCK)
+
+    def test_flock_in_the_guest_is_fcntl_on_the_host(self, place: Place) -> None:
+        (place.host / "file").touch()
+        with place.guest.process() as process, (place.host / "file").open("r+") as file:
+            fd = process.open(f"{place.path}/file", os.O_RDONLY)
+            process.flock(fd, fcntl.LOCK_EX)
+            assert refused(lambda: fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            process.kill()
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

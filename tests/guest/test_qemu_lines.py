@@ -1,0 +1,88 @@
+"""The QEMU files and arguments that we give out boot as they are."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ninepd.guest.boot import boot_qemu
+from ninepd.guest.machine import Guest
+from tests.conftest import StartDaemon
+
+CONFIGS = sorted((Path(__file__).parents[2] / "qemu-configs").glob("*.cfg"))
+NOTHING = "/dev/null"
+"""A -readconfig file with no word about machine, memory and shares, all of which come from us."""
+
+
+def read_and_write(guest: Guest, tag: str, export: Path) -> None:
+    (export / "hello").write_text(f"hello {tag}")
+    guest.mount(tag, f"/{tag}", msize=512000)
+    assert guest.run(f"cat /{tag}/hello").text == f"hello {tag}"
+    if tag != "tools":
+        guest.run(f"echo back > /{tag}/back")
+        assert (export / "back").read_text() == "back\n"
+
+
+def test_there_are_files_for_the_usual_machines() -> None:
+    assert {"q35.cfg", "pc.cfg", "microvm.cfg"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_readconfig(
+    config: Path, tmp_path: Path, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = config.read_text()
+    exports = {"ninepd.sock": "share"}
+    if "tools.sock" in text:
+        exports["tools.sock"] = "tools"
+    for socket, tag in exports.items():
+        (tmp_path / tag).mkdir()
+        options = ["--readonly"] if tag == "tools" else []
+        start_daemon(*options, socket=str(tmp_path / socket), export=str(tmp_path / tag), tag=tag)
+    # The files name the sockets relative to where QEMU starts.
+    monkeypatch.chdir(tmp_path)
+    machine = "microvm" if 'type = "microvm"' in text else "q35"
+    with boot_qemu(readconfig=str(config), machine=machine) as guest:
+        for tag in exports.values():
+            read_and_write(guest, tag, tmp_path / tag)
+
+
+def qemu_args(*options: str) -> list[str]:
+    printed = subprocess.run(
+        [sys.executable, "-m", "ninepd", "qemu-args", *options],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return shlex.split(printed.stdout)
+
+
+@pytest.mark.parametrize("machine", ["q35", "pc", "microvm"])
+def test_printed_arguments(
+    machine: str, tmp_path: Path, start_daemon: StartDaemon, export: Path
+) -> None:
+    # A comma is what QEMU's option syntax needs escaped, a space what a shell does.
+    daemon = start_daemon(socket=str(tmp_path / "a, b.sock"), tag="share")
+    options = ["--socket-path", daemon.socket, "--tag", "share", "--memory", "512M"]
+    arguments = qemu_args(*options, "--machine", machine)
+    with boot_qemu(readconfig=NOTHING, machine=machine, extra_args=arguments) as guest:
+        read_and_write(guest, "share", export)
+
+
+def test_printed_arguments_for_a_configuration(tmp_path: Path, start_daemon: StartDaemon) -> None:
+    tables = []
+    for tag in ("first", "the-second-one"):
+        (tmp_path / tag).mkdir()
+        socket = str(tmp_path / f"{tag}.sock")
+        start_daemon(socket=socket, export=str(tmp_path / tag), tag=tag)
+        tables.append(
+            f'[[export]]\nexport = "{tmp_path / tag}"\ntag = "{tag}"\nsocket-path = "{socket}"\n'
+        )
+    config = tmp_path / "ninepd.toml"
+    config.write_text("\n".join(tables))
+    arguments = qemu_args("--config", str(config))
+    with boot_qemu(readconfig=NOTHING, extra_args=arguments) as guest:
+        for tag in ("first", "the-second-one"):
+            read_and_write(guest, tag, tmp_path / tag)

@@ -1,0 +1,179 @@
+"""Configuration: whatever cannot work is refused with one sentence that names the option."""
+
+import os
+import socket
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ninepd.config import Config, Export, load
+from ninepd.errors import UsageError
+
+GOOD = '[[export]]\nexport = "{export}"\ntag = "one"\nsocket-path = "{export}.sock"\n'
+
+
+@pytest.fixture
+def good(export: Path) -> str:
+    return GOOD.format(export=export)
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_minimal_file(tmp_path: Path, export: Path, good: str) -> None:
+    (loaded,) = load(write(tmp_path, good))
+    assert loaded == Export(str(export), "one", f"{export}.sock")
+
+
+def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: str) -> None:
+    """By the same name as on the command line, with dashes."""
+    more = {
+        "security-model": '"none"',
+        "readonly": "true",
+        "msize-max": "8192",
+        "poll-us": "0",
+    }
+    text = good + "".join(f"{key} = {value}\n" for key, value in more.items())
+    (loaded,) = load(write(tmp_path, text))
+    named = {"export", "tag", "socket-path", "fd", *more}
+    assert named == {field.name.replace("_", "-") for field in fields(Export)}
+    assert (loaded.security_model, loaded.readonly, loaded.msize_max, loaded.poll_us) == (
+        "none",
+        True,
+        8192,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("colour = 1", "colour"),
+        ("readonly = 1", "readonly must be true or false"),
+        ('readonly = "true"', "readonly must be true or false"),
+        ('msize-max = "8192"', "msize-max must be a whole number"),
+        ("msize-max = true", "msize-max must be a whole number"),
+        ("msize-max = 8192.5", "msize-max must be a whole number"),
+        ("msize-max = 4095", "--msize-max: 4095 is below 4096"),
+        ("msize-max = -1", "--msize-max"),
+        ("poll-us = -1", "--poll-us"),
+        ("poll-us = 10001", "--poll-us"),
+        ("security-model = 5", "security-model must be a string"),
+        ("fd = 5", "one of --socket-path and --fd"),
+        ('fd = "5"', "fd must be a whole number"),
+        ("tag = [", "not valid TOML"),
+        ('tag = "again"', "not valid TOML"),
+    ],
+)
+def test_bad_line(tmp_path: Path, good: str, line: str, words: str) -> None:
+    with pytest.raises(UsageError, match=r"^--|^give") as caught:
+        load(write(tmp_path, good + line + "\n"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[export]\n", "[[export]]"),
+        ("export = 5\n", "[[export]]"),
+        ("export = [1]\n", "[[export]]"),
+        ("tag = 'x'\n", "'tag' is unknown"),
+        ("[[exports]]\n", "'exports' is unknown"),
+        ("[[export]]\ntag = 'x'\nsocket-path = '/x'\n", "no export"),
+        ("[[export]]\nexport = '/'\nsocket-path = '/x'\n", "no tag"),
+        ("[[export]]\nexport = '/'\ntag = 'x'\n", "--socket-path"),
+        ("\ufeff[[export]]\nnonsense", "TOML"),
+    ],
+)
+def test_bad_file(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(write(tmp_path, text))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="TOML"):
+        load(str(path))
+
+
+def test_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--config: .*No such file"):
+        load(str(tmp_path / "missing.toml"))
+    with pytest.raises(UsageError, match=r"--config: .*directory"):
+        load(str(tmp_path))
+
+
+def test_no_export_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no \\[\\[export\\]\\]"):
+        Config(load(write(tmp_path, "")))
+
+
+@pytest.mark.parametrize("same", ["tag", "socket_path"])
+def test_exports_that_get_in_each_others_way(export: Path, same: str) -> None:
+    values: dict[str, Any] = {"export": str(export)}
+    first = Export(**values, tag="a", socket_path="/run/a")
+    other = {"tag": "b", "socket_path": "/run/b", same: getattr(first, same)}
+    with pytest.raises(UsageError, match="used by two exports"):
+        Config((first, Export(**values, **other)))
+
+
+@pytest.mark.parametrize("length", [1, 31, 254])
+def test_tag_in_config_space(export: Path, length: int) -> None:
+    made = Export(str(export), "t" * length, "/run/x")
+    assert made.config_space == length.to_bytes(2, "little") + b"t" * length
+
+
+def test_tag_is_counted_in_bytes(export: Path) -> None:
+    assert Export(str(export), "ü" * 127, "/run/x").config_space[:2] == b"\xfe\0"
+    with pytest.raises(UsageError, match="--tag"):
+        Export(str(export), "ü" * 128, "/run/x")
+
+
+@pytest.mark.parametrize("tag", ["", "t" * 255, "a\0b"])
+def test_bad_tag(export: Path, tag: str) -> None:
+    with pytest.raises(UsageError, match="--tag"):
+        Export(str(export), tag, "/run/x")
+
+
+@pytest.mark.parametrize("length", [107, 108])
+def test_length_of_the_socket_path(export: Path, length: int) -> None:
+    path = "/" + "x" * (length - 1)
+    if length <= 107:
+        assert Export(str(export), "t", path).socket_path == path
+    else:
+        with pytest.raises(UsageError, match="--socket-path: 108 bytes"):
+            Export(str(export), "t", path)
+
+
+def test_export_that_is_no_directory(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UsageError, match=r"--export: .* is not a directory"):
+        Export(str(file), "t", "/run/x")
+    with pytest.raises(UsageError, match=r"--export: .* does not exist"):
+        Export(str(tmp_path / "missing"), "t", "/run/x")
+    with pytest.raises(UsageError, match="--export: "):
+        Export(str(file / "below"), "t", "/run/x")
+
+
+def test_descriptor(export: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        assert Export(str(export), "t", fd=sock.fileno()).fd == sock.fileno()
+    with socket.socket(socket.AF_INET) as sock, pytest.raises(UsageError, match="no unix socket"):
+        Export(str(export), "t", fd=sock.fileno())
+    with (tmp_path / "f").open("w") as file, pytest.raises(UsageError, match="no unix socket"):
+        Export(str(export), "t", fd=file.fileno())
+    unused = os.dup(0)
+    os.close(unused)
+    for fd in (unused, -1, 1 << 40):
+        with pytest.raises(UsageError, match="--fd"):
+            Export(str(export), "t", fd=fd)

@@ -1,0 +1,97 @@
+"""Imports point down, and the codecs do no I/O (invariant 7 of the architecture)."""
+
+import ast
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+PACKAGE: Final = Path(__file__).parent.parent / "ninepd"
+LAYERS: Final = (
+    {"__main__"},
+    {"cli"},
+    {"demo"},
+    {"guest"},
+    {"daemon"},
+    {"control", "device", "frontend"},
+    {"pipeline"},
+    {"payload"},
+    {"fs"},
+    {"vhostuser", "p9"},
+    {"vring", "syscalls", "stats", "config", "qemu"},
+    {"errors", "_libvring", "ninepd"},
+)
+"""From top to bottom. Parts of one layer know nothing of each other."""
+RANK: Final = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+SANS_IO: Final = {"os", "socket", "asyncio", "cffi", "select", "threading", "time", "logging"}
+MODULES: Final = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.name not in {"_vring_build.py"}
+)
+
+
+def part(path: Path) -> str:
+    """The layer's member that a module belongs to: a module of the top, or a package."""
+    relative = path.relative_to(PACKAGE)
+    return (
+        "ninepd"
+        if relative.name == "__init__.py" and len(relative.parts) == 1
+        else (relative.parts[0] if len(relative.parts) > 1 else relative.stem)
+    )
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that one imports, wherever in it."""
+    package = ["ninepd", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *filter(None, [node.module])])
+            # ``from ninepd import syscalls`` imports a module, ``from ninepd.x import y`` a name.
+            found |= (
+                {f"{origin}.{alias.name}" for alias in node.names}
+                if origin == "ninepd"
+                else {origin}
+            )
+    return found
+
+
+def parts_imported(path: Path) -> set[str]:
+    """Parts of ninepd that a module imports, its own left out."""
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("ninepd.")}
+    return {name for name in own if not name.startswith("__")} - {part(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    rank = RANK[part(path)]
+    assert {name for name in parts_imported(path) if RANK[name] <= rank} == set()
+
+
+@pytest.mark.parametrize("package", ["vhostuser", "p9"])
+def test_codecs_do_no_io(package: str) -> None:
+    used = {
+        (path.name, name)
+        for path in (PACKAGE / package).glob("*.py")
+        for name in imports(path)
+        if name.split(".")[0] in SANS_IO
+    }
+    assert used == set()
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part(path) for path in MODULES} <= set(RANK)
+
+
+def test_serving_loads_no_guest_code() -> None:
+    """The command line imports the demo only where it is asked for."""
+    tree = ast.parse((PACKAGE / "cli.py").read_text())
+    at_top = {
+        name
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+    }
+    assert not {name for name in at_top if name.startswith(("ninepd.demo", "ninepd.guest"))}
