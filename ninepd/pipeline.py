@@ -87,7 +87,7 @@ ROUTES: Final = {NUMBERS[message]: _route(message) for message in (*HANDLERS, Tv
 class Job:
     """A request that is out: on a worker, or done there and not yet answered."""
 
-    __slots__ = ("fids", "flushes", "head", "in_guest_memory", "payload", "reply", "tag")
+    __slots__ = ("fids", "flushes", "head", "in_guest_memory", "payload", "pinned", "reply", "tag")
 
     def __init__(
         self,
@@ -106,6 +106,22 @@ class Job:
         self.flushes: list[tuple[int, int]] = []
         """(head, tag) of each Tflush that waits for it."""
         self.reply: Reply = None
+        self.pinned = [holder for fid in fids for holder in fid.holders()]
+
+    def pin(self) -> None:
+        """Its fids and their descriptors stay until ``unpin``."""
+        for fid in self.fids:
+            fid.users += 1
+        for holder in self.pinned:
+            holder.pins += 1
+
+    def unpin(self) -> list[Fid]:
+        """Returns the fids that were clunked meanwhile and have no other user."""
+        for holder in self.pinned:
+            holder.pins -= 1
+        for fid in self.fids:
+            fid.users -= 1
+        return [fid for fid in self.fids if fid.doomed and not fid.users]
 
 
 class Pipeline:
@@ -230,6 +246,7 @@ class Pipeline:
         payload = self._payloads[head]
         payload.expect(readable, writable)
         try:
+            self._server.tree.handles.budget.make_room()
             if fault:
                 raise ProtocolError("a buffer lies outside guest memory", fault)
             route, message = self._begin(start, size, number, readable, copied, writable)
@@ -308,8 +325,7 @@ class Pipeline:
         self._finish(head, tag, reply)
 
     def _hand_over(self, job: Job, work: Callable[[], Reply]) -> None:
-        for fid in job.fids:
-            fid.users += 1
+        job.pin()
         self._jobs[job.tag] = job
         self._workers.submit(self._work, job, work)
 
@@ -333,10 +349,8 @@ class Pipeline:
                 self._vring.wake()
 
     def _unpin(self, job: Job) -> None:
-        for fid in job.fids:
-            fid.users -= 1
-            if fid.doomed and not fid.users:
-                self._server.release(fid)
+        for fid in job.unpin():
+            self._server.release(fid)
 
     def _complete(self, job: Job) -> None:
         del self._jobs[job.tag]

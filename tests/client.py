@@ -4,10 +4,13 @@ Tests say what they send as message objects and get message objects back; everyt
 the daemon's own path, from the kick eventfd to the used ring.
 """
 
+import contextlib
+import errno
 import os
+import select
+import socket as socketlib
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,16 +19,23 @@ from ninepd.p9.messages import (
     NOFID,
     NOTAG,
     Qid,
+    Rgetattr,
     Rlerror,
     Rread,
     Rreaddir,
     Rversion,
     Tattach,
+    Tclunk,
+    Tgetattr,
+    Tlcreate,
+    Tlopen,
     Tread,
     Treaddir,
     Tversion,
     Twalk,
     Twrite,
+    Txattrcreate,
+    Txattrwalk,
     decode,
     encode,
 )
@@ -34,6 +44,7 @@ from tests.frontend import FakeFrontEnd, Ring, SharedRegion
 
 ROOT = 0
 MSIZE = 1 << 17
+ERRORS: dict[int, str] = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 
 
 class Entry(NamedTuple):
@@ -43,23 +54,54 @@ class Entry(NamedTuple):
     name: bytes
 
 
+class Readiness:
+    """The service manager's end of sd_notify(3)."""
+
+    def __init__(self) -> None:
+        self._socket = socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_DGRAM)
+        self._socket.bind("")  # a free abstract name
+        self.address = "@" + os.fsdecode(self._socket.getsockname()[1:])
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def wait(self, pid: int, timeout: float = 20) -> bool:
+        """Does the process say that it is ready, before it ends?"""
+        end = os.pidfd_open(pid)
+        try:
+            ready, _, _ = select.select([self._socket.fileno(), end], [], [], timeout)
+        finally:
+            os.close(end)
+        return self._socket.fileno() in ready and self._socket.recv(256) == b"READY=1"
+
+
 class Daemon:
     """``ninepd serve`` as a process of its own."""
 
-    def __init__(self, *arguments: str, socket: str, export: str, tag: str = "test") -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        socket: str,
+        export: str,
+        tag: str = "test",
+        launcher: Sequence[str] = (),
+    ) -> None:
+        """``launcher``: a command that sets limits or identity and then runs the daemon."""
         self.socket = socket
-        command = [sys.executable, "-m", "ninepd", "serve", "--socket-path", socket]
+        command = [*launcher, sys.executable, "-m", "ninepd", "serve", "--socket-path", socket]
         command += ["--export", export, "--tag", tag, *arguments]
-        self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
         self.log = ""
-        limit = time.monotonic() + 10
-        while not os.path.exists(socket):
-            if self.process.poll() is not None or time.monotonic() > limit:
+        with contextlib.closing(Readiness()) as readiness:
+            self.process = subprocess.Popen(
+                command,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=os.environ | {"NOTIFY_SOCKET": readiness.address},
+            )
+            if not readiness.wait(self.process.pid):
                 self.stop()
                 raise AssertionError(f"the daemon did not start: {self.log}")
-            time.sleep(0.005)
 
     @property
     def pid(self) -> int:
@@ -192,6 +234,69 @@ class Client:
 
     def readdir(self, fid: int, offset: int = 0, count: int = 8192) -> list[Entry]:
         return list(entries(self.rpc_with_data(Treaddir(fid, offset, count), room=11 + count)[1]))
+
+    def error(self, message: Any, data: bytes = b"", room: int = 4096) -> str:
+        """Name of the errno that a message is refused with, or "" if it is not refused."""
+        try:
+            self.rpc(message, data, room)
+        except P9Error as error:
+            return ERRORS[error.errno or 0]
+        return ""
+
+    def clunk(self, *fids: int) -> None:
+        for fid in fids:
+            self.rpc(Tclunk(fid))
+
+    def getattr(self, fid: int) -> Rgetattr:
+        attributes: Rgetattr = self.rpc(Tgetattr(fid, 0x3FFF))
+        return attributes
+
+    def open(self, fid: int, newfid: int, *names: bytes, flags: int = 0) -> Qid:
+        """Walk to a new fid, or clone one, and open it."""
+        self.walk(fid, newfid, *names)
+        qid: Qid = self.rpc(Tlopen(newfid, flags)).qid
+        return qid
+
+    def create(
+        self, fid: int, newfid: int, name: bytes, mode: int = 0o644, flags: int = 0x8042
+    ) -> Qid:
+        """Create a file in a directory fid; newfid is open on it for reading and writing."""
+        self.walk(fid, newfid)
+        qid: Qid = self.rpc(Tlcreate(newfid, name, flags, mode, 0)).qid
+        return qid
+
+    def listing(self, fid: int, count: int = 8192) -> list[Entry]:
+        """All entries of a fid that is open as a directory."""
+        found: list[Entry] = []
+        while more := self.readdir(fid, found[-1].offset if found else 0, count):
+            found += more
+        return found
+
+    def names(self, fid: int) -> set[bytes]:
+        """What a directory fid that is not open holds, without the dots."""
+        self.open(fid, 9999)
+        found = {entry.name for entry in self.listing(9999)}
+        self.clunk(9999)
+        return found - {b".", b".."}
+
+    def get_xattr(self, fid: int, name: bytes) -> bytes:
+        """The value of an extended attribute, or with an empty name the list."""
+        size: int = self.rpc(Txattrwalk(fid, 9999, name)).size
+        value = self.read(9999, 0, size) if size else b""
+        self.clunk(9999)
+        return value
+
+    def set_xattr(self, fid: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """As setxattr(2) in a Linux guest."""
+        self.walk(fid, 9999)
+        try:
+            self.rpc(Txattrcreate(9999, name, len(value), flags))
+        except P9Error:
+            self.clunk(9999)
+            raise
+        for at in range(0, len(value), 8192):
+            self.write(9999, at, value[at : at + 8192])
+        self.clunk(9999)
 
 
 def entries(data: bytes) -> Iterable[Entry]:

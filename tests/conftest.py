@@ -1,7 +1,11 @@
 """Fixtures of all tests: a live daemon on a fresh directory, and a client on it."""
 
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +27,7 @@ def start_daemon(tmp_path: Path, export: Path) -> Iterator[StartDaemon]:
     """Start daemons with chosen options; all of them end with the test, without a stain."""
     started: list[Daemon] = []
 
-    def start(*arguments: str, **keywords: str) -> Daemon:
+    def start(*arguments: str, **keywords: Any) -> Daemon:
         socket = keywords.setdefault("socket", str(tmp_path / f"daemon{len(started)}.sock"))
         keywords.setdefault("export", str(export))
         daemon = Daemon(*arguments, **keywords)
@@ -49,3 +53,53 @@ def client(daemon: Daemon) -> Iterator[Client]:
     with Client(daemon.socket) as client:
         client.attach()
         yield client
+
+
+Mount = Callable[..., Path]
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """Mount something for the length of a test: ``mount(target, "-t", "tmpfs", "none")``."""
+    if os.geteuid():
+        pytest.skip("mounting needs root")
+    mounted: list[Path] = []
+
+    def do(target: Path, *arguments: str | Path) -> Path:
+        target.mkdir(exist_ok=True)
+        subprocess.run(["mount", *arguments, target], check=True, capture_output=True)
+        mounted.append(target)
+        return target
+
+    yield do
+    for target in reversed(mounted):
+        # Lazily: a daemon may still hold files there.
+        subprocess.run(["umount", "--lazy", target], check=True)
+
+
+@pytest.fixture
+def mount_ext4(tmp_path: Path, mount: Mount) -> Mount:
+    """Mount a fresh small ext4 file system: ``mount_ext4(target)``."""
+
+    def do(target: Path, *options: str) -> Path:
+        image = tmp_path / f"{target.name}.img"
+        with image.open("wb") as file:
+            file.truncate(16 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", *options, image], check=True)
+        return mount(target, "-o", "loop", image)
+
+    return do
+
+
+@pytest.fixture
+def as_root() -> None:
+    """For tests of what only a privileged daemon can do."""
+    if os.geteuid():
+        pytest.skip("needs root")
+
+
+@pytest.fixture
+def memory_dir() -> Iterator[Path]:
+    """A directory on tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)

@@ -5,7 +5,7 @@ import os
 import stat as st
 
 from ninepd import syscalls
-from ninepd.fs.fid import OpenFile
+from ninepd.fs.handles import Opened
 from ninepd.fs.server import Encoded, Payload, Reply, Server
 from ninepd.p9.messages import (
     NUMBERS,
@@ -28,9 +28,11 @@ def getattr(server: Server, message: Tgetattr, _payload: Payload) -> Reply:  # n
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
     handle = server.file(message.fid).handle
     qids = server.tree.qids
-    body = syscalls.getattr_body(handle.fd, qids.devices)
+    generation = handle.has_generation, handle.generation
+    body = syscalls.getattr_body(handle.fd, qids.devices, *generation)
     if body is None:
-        body = syscalls.getattr_body_as(handle.fd, qids.path(server.tree.stat(handle)))
+        path = qids.path(server.tree.stat(handle))
+        body = syscalls.getattr_body_as(handle.fd, path, *generation)
     return Encoded(_RGETATTR, body)
 
 
@@ -69,7 +71,7 @@ def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # n
         if message.size >> 63:
             raise OSError(errno.EINVAL, "no file can be that large")
         # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
-        if isinstance(fid.opened, OpenFile) and fid.opened.writable:
+        if isinstance(fid.opened, Opened) and fid.opened.writable:
             os.ftruncate(fid.opened.fd, message.size)
         else:
             os.truncate(handle.path, message.size)

@@ -12,10 +12,11 @@ from typing import Final
 
 from ninepd import syscalls
 from ninepd.fs import xattrs
-from ninepd.fs.fid import Fid, OpenDirectory, OpenFile, XattrValue, XattrWriter
+from ninepd.fs.fid import Fid, XattrValue, XattrWriter
+from ninepd.fs.handles import Opened, Storage
 from ninepd.fs.locks import Owner
 from ninepd.fs.server import Later, Payload, Reply, Server
-from ninepd.fs.tree import Storage, check_name
+from ninepd.fs.tree import check_name
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
     LOCK_FLAG_RECLAIM,
@@ -69,21 +70,15 @@ def host_flags(server: Server, flags: int) -> int:
     return host
 
 
-def _open(server: Server, fid: Fid, flags: int) -> None:
-    if fid.handle.is_directory:
-        if flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
-            raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
-        fid.opened = OpenDirectory(server.tree.reopen(fid.handle, os.O_RDONLY))
-    else:
-        fid.opened = OpenFile(server.tree.reopen(fid.handle, flags), flags)
-
-
 def lopen(server: Server, message: Tlopen, _payload: Payload) -> Reply:
     """Open the fid; a failed open leaves it as it was."""
     fid = server.unopened(message.fid)
-    _open(server, fid, host_flags(server, message.flags))
-    iounit = 0 if fid.handle.is_directory else server.iounit()
-    return Rlopen(server.qid_of(fid.handle), iounit)
+    flags = host_flags(server, message.flags)
+    is_directory = fid.handle.is_directory
+    if is_directory and flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
+        raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
+    fid.opened = server.tree.open(fid.handle, flags)
+    return Rlopen(server.tree.qid(fid.handle), 0 if is_directory else server.iounit())
 
 
 def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
@@ -110,24 +105,24 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
-            fd = tree.reopen(handle, flags)
+            opened = tree.open(handle, flags)
         except OSError:
-            tree.release(handle)
+            tree.handles.release(handle)
             raise
     else:
-        handle, stat = tree.adopt_open(fd)
-    hint, fid.parent = fid.parent, directory
-    fid.handle, fid.name = handle, message.name
-    fid.opened = OpenFile(fd, flags)
-    if hint is not None:
-        tree.release(hint)
+        handle, stat, opened = tree.adopt_created(fd, flags, directory, message.name)
+    old, fid.place = fid.place, (directory, message.name)
+    fid.handle, fid.opened = handle, opened
+    if old is not None:
+        tree.handles.release(old[0])
     return Rlcreate(tree.qids.qid(stat), server.iounit())
 
 
-def _open_file(fid: Fid) -> OpenFile:
-    if not isinstance(fid.opened, OpenFile):
-        code = errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EBADF
-        raise OSError(code, "the fid is not open for file I/O")
+def _open_file(fid: Fid) -> Opened:
+    if not isinstance(fid.opened, Opened):
+        raise OSError(errno.EBADF, "the fid is not open")
+    if fid.handle.is_directory:
+        raise IsADirectoryError(errno.EISDIR, "the fid is a directory")
     return fid.opened
 
 
@@ -202,8 +197,10 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
 def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
     """Entries behind the one that had cookie ``offset``; none means the end."""
     fid = server.fid(message.fid)
-    if not isinstance(fid.opened, OpenDirectory):
-        raise OSError(errno.EBADF, "the fid is not open as a directory")
+    if not isinstance(fid.opened, Opened):
+        raise OSError(errno.EBADF, "the fid is not open")
+    if not fid.handle.is_directory:
+        raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
     _check_offset(message.offset, 0)
     size = min(message.nbytes, payload.room, READDIR_MAX)
     tree = server.tree
@@ -245,7 +242,7 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
 def fsync(server: Server, message: Tfsync, _payload: Payload) -> Reply:
     """On a worker, always. Directories too."""
     fid = server.fid(message.fid)
-    if not isinstance(fid.opened, OpenFile | OpenDirectory):
+    if not isinstance(fid.opened, Opened):
         raise OSError(errno.EBADF, "the fid is not open")
     return Later(partial(_flush, fid.opened.fd, bool(message.datasync)), in_guest_memory=False)
 

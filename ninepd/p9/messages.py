@@ -46,8 +46,6 @@ NOFID: Final = 0xFFFFFFFF
 NO_ID: Final = 0xFFFFFFFF
 """n_uname, uid or gid that stands for "none given"."""
 MAX_WALK: Final = 16
-MIN_MSIZE: Final = 4096
-"""Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
 IO_HEADER: Final = 11
 """Bytes before the data of an Rread or Rreaddir: header and count[4]."""
 WRITE_HEADER: Final = 23

@@ -6,12 +6,13 @@ No I/O here. ``F`` is whatever the file system keeps for a fid.
 import errno
 from typing import Final, Generic, TypeVar
 
-from ninepd.p9.messages import MIN_MSIZE, NOFID, Rversion, Tversion
+from ninepd.config import MIN_MSIZE
+from ninepd.p9.messages import NOFID, Rversion, Tversion
 
 F = TypeVar("F")
 
 VERSION: Final = b"9P2000.L"
-MAX_FIDS: Final = 262_144
+MAX_FIDS: Final = 1 << 20
 
 
 class Session(Generic[F]):
