@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.fs.fid import Fid
-from ninepd.fs.ops import FID_FIELDS, HANDLERS, Handler
+from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Reply, Server, waits
 from ninepd.p9.messages import (
@@ -35,14 +35,16 @@ from ninepd.p9.messages import (
     NUMBERS,
     WITH_DATA,
     WRITE_HEADER,
+    Rerror,
+    RerrorPlain,
     Rflush,
-    Rlerror,
     Tflush,
     Tversion,
     Twalk,
     Twrite,
     encode,
 )
+from ninepd.p9.session import Dialect
 from ninepd.payload import ChainPayload, PrivatePayload
 from ninepd.vring import DONE, REQUEST, Vring
 
@@ -54,6 +56,8 @@ GRACE_SECONDS: Final = 1.0
 """How long a ring that is told to stop waits for work that is out (vhost-user.md 3.6)."""
 HEADER_LIMITS: Final = {NUMBERS[Twrite]: WRITE_HEADER}
 """How much of a request is copied out of guest memory, where that is not all of it."""
+ERRORS: Final = frozenset({Rerror, RerrorPlain})
+"""Errors in words, which are cut to what room there is. An Rlerror always fits."""
 RLERROR_SIZE: Final = HEADER_SIZE + 4
 _RWALK_FIXED: Final = 9
 _QID_SIZE: Final = 13
@@ -73,15 +77,20 @@ class Route(NamedTuple):
     """What its reply takes at least: checked first, so that nothing is done in vain."""
 
 
-def _route(message: type[Any]) -> Route:
+def _route(message: type[Any], handler: Handler | None) -> Route:
     codec = CODECS[NUMBERS[message]]
     answer = CODECS.get(codec.number + 1)
     size = RLERROR_SIZE if answer is None else max(RLERROR_SIZE, HEADER_SIZE + answer.size)
-    handler = HANDLERS.get(message)
-    return Route(message, codec.decode, handler, FID_FIELDS.get(message, ()), size)
+    return Route(message, codec.decode, handler, fid_fields(message), size)
 
 
-ROUTES: Final = {NUMBERS[message]: _route(message) for message in (*HANDLERS, Tversion, Tflush)}
+ROUTES: Final[dict[Dialect, dict[int, Route]]] = {
+    dialect: {
+        NUMBERS[message]: _route(message, handler)
+        for message, handler in {**handlers, Tversion: None, Tflush: None}.items()
+    }
+    for dialect, handlers in HANDLERS.items()
+}
 
 
 class Job:
@@ -273,12 +282,12 @@ class Pipeline:
                 self._hand_over(Job(head, tag, fids, payload, reply.in_guest_memory), reply.work)
                 return
         except OSError as error:
-            reply = Rlerror(to_errno(error))
+            reply = self._error(to_errno(error))
             if trace.isEnabledFor(logging.DEBUG):
                 trace.debug("%s: tag %d because: %s", self._name, tag, error)
         except Exception:
             log.exception("%s: a bug made this request fail: message type %d", self._name, number)
-            reply = Rlerror(errno.EIO)
+            reply = self._error(errno.EIO)
         self._finish(head, tag, reply)
 
     def _begin(
@@ -287,7 +296,8 @@ class Pipeline:
         """The message, if it is one that may be served: else ProtocolError."""
         if not HEADER_SIZE <= size <= readable:
             raise ProtocolError(f"the size field says {size}, {readable} bytes came")
-        route = ROUTES.get(number)
+        session = self._server.session
+        route = ROUTES[session.dialect].get(number)
         if route is None:
             raise ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
         if writable < route.reply_size:
@@ -295,13 +305,16 @@ class Pipeline:
         if copied < size and route.message is not Twrite:
             raise ProtocolError("the message is too long", errno.ENAMETOOLONG)
         message = route.decode(self._vring.headers, start + HEADER_SIZE, start + min(size, copied))
-        if not self._server.session.msize and route.message is not Tversion:
+        if not session.msize and route.message is not Tversion:
             raise ProtocolError("no Tversion came before")
         if route.message is Twalk and writable < _RWALK_FIXED + _QID_SIZE * len(message.names):
             raise ProtocolError("the reply does not fit", errno.EMSGSIZE)
         if route.message is Twrite and message.nbytes > size - WRITE_HEADER:
             raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} bytes of data")
         return route, message
+
+    def _error(self, code: int) -> Reply:
+        return self._server.session.error(code)
 
     def _session_message(self, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
@@ -321,7 +334,7 @@ class Pipeline:
         try:
             reply = self._server.version(message, self._msize_limit)
         except OSError as error:
-            reply = Rlerror(to_errno(error))
+            reply = self._error(to_errno(error))
         self._finish(head, tag, reply)
 
     def _hand_over(self, job: Job, work: Callable[[], Reply]) -> None:
@@ -337,10 +350,10 @@ class Pipeline:
                 reply = reply.work()
             job.reply = reply
         except OSError as error:
-            job.reply = Rlerror(to_errno(error))
+            job.reply = self._error(to_errno(error))
         except Exception:
             log.exception("%s: a bug made a request fail", self._name)
-            job.reply = Rlerror(errno.EIO)
+            job.reply = self._error(errno.EIO)
         with self._close_lock:
             if self._closed:
                 self._unpin(job)
@@ -375,8 +388,14 @@ class Pipeline:
             data = encode(tag, reply)
         used = len(data) + reply.nbytes if type(reply) in WITH_DATA else len(data)
         vring = self._vring
-        if used > self._payloads[head].room + IO_HEADER:
-            self._finish(head, tag, Rlerror(errno.EMSGSIZE))
+        room = self._payloads[head].room + IO_HEADER
+        if used > room and type(reply) in ERRORS:
+            if reply.ename:
+                self._finish(head, tag, reply._replace(ename=reply.ename[: room - used]))
+            else:
+                self._push(head, 0, 0)
+        elif used > room:
+            self._finish(head, tag, self._error(errno.EMSGSIZE))
         elif len(data) <= vring.reply_stride:
             start = head * vring.reply_stride
             vring.replies[start : start + len(data)] = data

@@ -30,7 +30,16 @@ class Fid:
     are any, a clunk leaves the descriptors open and marks the fid ``doomed``.
     """
 
-    __slots__ = ("doomed", "handle", "opened", "place", "uid", "users")
+    __slots__ = (
+        "doomed",
+        "handle",
+        "opened",
+        "place",
+        "read_offset",
+        "read_position",
+        "uid",
+        "users",
+    )
 
     def __init__(self, handle: Handle, uid: int, place: tuple[Handle, bytes] | None) -> None:
         """Takes over one reference to ``handle`` and one to the directory in ``place``."""
@@ -42,6 +51,8 @@ class Fid:
         self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users = 0
         self.doomed = False
+        self.read_offset = self.read_position = 0
+        """How far an old client has read a directory: in bytes, and where that is on the host."""
 
     def holders(self) -> list[Holder]:
         """What keeps the descriptors that a request on this fid may use."""

@@ -105,25 +105,30 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
-            opened = tree.open(handle, flags)
+            file = tree.open(handle, flags)
         except OSError:
             tree.handles.release(handle)
             raise
     else:
-        handle, stat, opened = tree.adopt_created(fd, flags, directory, message.name)
+        handle, stat, file = tree.adopt_created(fd, flags, directory, message.name)
     old, fid.place = fid.place, (directory, message.name)
-    fid.handle, fid.opened = handle, opened
+    fid.handle, fid.opened = handle, file
     if old is not None:
         tree.handles.release(old[0])
     return Rlcreate(tree.qids.qid(stat), server.iounit())
 
 
-def _open_file(fid: Fid) -> Opened:
+def opened(fid: Fid) -> Opened:
+    """What a fid is open as; EBADF if it is not open, or is an extended attribute."""
     if not isinstance(fid.opened, Opened):
         raise OSError(errno.EBADF, "the fid is not open")
-    if fid.handle.is_directory:
-        raise IsADirectoryError(errno.EISDIR, "the fid is a directory")
     return fid.opened
+
+
+def _open_file(fid: Fid) -> Opened:
+    if fid.handle.is_directory and fid.opened is not None:
+        raise IsADirectoryError(errno.EISDIR, "the fid is a directory")
+    return opened(fid)
 
 
 def _check_offset(offset: int, count: int) -> None:
@@ -197,8 +202,7 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
 def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
     """Entries behind the one that had cookie ``offset``; none means the end."""
     fid = server.fid(message.fid)
-    if not isinstance(fid.opened, Opened):
-        raise OSError(errno.EBADF, "the fid is not open")
+    directory = opened(fid)
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
     _check_offset(message.offset, 0)
@@ -206,12 +210,12 @@ def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
     tree = server.tree
     at_root = fid.handle is tree.root
     try:
-        data = syscalls.readdir(fid.opened.fd, message.offset, at_root, tree.qids.devices, size)
+        data = syscalls.readdir(directory.fd, message.offset, at_root, tree.qids.devices, size)
     except OSError as error:
         if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
             data = b""
         elif error.errno == errno.EDOM:
-            data = _readdir_slowly(server, fid, fid.opened.fd, message.offset, size)
+            data = _readdir_slowly(server, fid, directory.fd, message.offset, size)
         else:
             raise
     payload.put(data)
@@ -242,9 +246,7 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
 def fsync(server: Server, message: Tfsync, _payload: Payload) -> Reply:
     """On a worker, always. Directories too."""
     fid = server.fid(message.fid)
-    if not isinstance(fid.opened, Opened):
-        raise OSError(errno.EBADF, "the fid is not open")
-    return Later(partial(_flush, fid.opened.fd, bool(message.datasync)), in_guest_memory=False)
+    return Later(partial(_flush, opened(fid).fd, bool(message.datasync)), in_guest_memory=False)
 
 
 def _flush(fd: int, data_only: bool) -> Reply:

@@ -134,13 +134,17 @@ def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
     fid = server.file(message.fid)
     target = server.directory(message.dfid).handle
     check_name(message.name, errno.EISDIR)
-    old = _place(server, fid)
-    new = target, message.name
+    rename_to(server, fid, target, message.name)
+    return Rrename()
+
+
+def rename_to(server: Server, fid: Fid, directory: Handle, name: bytes) -> None:
+    """Give what a fid holds another name; ESTALE if it is not where it was found."""
+    old, new = _place(server, fid), (directory, name)
     _rename(server, old, new)
-    server.tree.handles.share(target)
+    server.tree.handles.share(directory)
     fid.place = new
     server.tree.handles.release(old[0])
-    return Rrename()
 
 
 def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: bool) -> None:

@@ -6,6 +6,7 @@ from ninepd.fs.fid import XattrWriter
 from ninepd.fs.server import Payload, Reply, Server
 from ninepd.fs.xattrs import commit
 from ninepd.p9.messages import (
+    NO_ID,
     NOFID,
     Qid,
     Rattach,
@@ -16,6 +17,7 @@ from ninepd.p9.messages import (
     Tclunk,
     Twalk,
 )
+from ninepd.p9.session import Dialect
 
 
 def auth(_server: Server, _message: Tauth, _payload: Payload) -> Reply:
@@ -42,7 +44,10 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     except OSError:
         handles.release(handle)
         raise
-    server.add(message.fid, handle, message.n_uname)
+    uid = message.n_uname
+    if server.session.dialect is Dialect.PLAIN and message.uname.isdigit():
+        uid = min(int(message.uname), NO_ID)
+    server.add(message.fid, handle, uid)
     return Rattach(qid)
 
 

@@ -1,4 +1,4 @@
-"""Every 9P2000.L message, in wire order, and the codec that is made from that order.
+"""Every message of 9P2000.L, 9P2000.u and 9P2000, in wire order, with a codec made from that.
 
 A message is its declaration: a ``NamedTuple`` whose fields stand in the order of the wire and carry
 their wire type. ``decode`` and ``encode`` are built once from the annotations, so there is no
@@ -376,6 +376,63 @@ class Runlinkat(NamedTuple):
     pass
 
 
+class Rerror(NamedTuple):
+    """9P2000.u: what went wrong in words and as an errno."""
+
+    ename: String
+    errno: U32 = 0
+
+
+class RerrorPlain(NamedTuple):
+    """9P2000: in words only."""
+
+    ename: String
+
+
+class Topen(NamedTuple):
+    fid: U32
+    mode: U8
+
+
+class Ropen(NamedTuple):
+    qid: Qid
+    iounit: U32
+
+
+class Tcreate(NamedTuple):
+    """``extension`` is 9P2000.u's: the target of a link, or numbers of a device."""
+
+    fid: U32
+    name: String
+    perm: U32
+    mode: U8
+    extension: String = b""
+
+
+class Rcreate(NamedTuple):
+    qid: Qid
+    iounit: U32
+
+
+class Tstat(NamedTuple):
+    fid: U32
+
+
+class Rstat(NamedTuple):
+    """``stat`` is encoded by p9/stat.py."""
+
+    stat: String
+
+
+class Twstat(NamedTuple):
+    fid: U32
+    stat: String
+
+
+class Rwstat(NamedTuple):
+    pass
+
+
 class Tversion(NamedTuple):
     msize: U32
     version: String
@@ -387,18 +444,22 @@ class Rversion(NamedTuple):
 
 
 class Tauth(NamedTuple):
+    """Plain 9P2000 has no ``n_uname``."""
+
     afid: U32
     uname: String
     aname: String
-    n_uname: U32
+    n_uname: U32 = NO_ID
 
 
 class Tattach(NamedTuple):
+    """Plain 9P2000 has no ``n_uname``."""
+
     fid: U32
     afid: U32
     uname: String
     aname: String
-    n_uname: U32
+    n_uname: U32 = NO_ID
 
 
 class Rattach(NamedTuple):
@@ -520,6 +581,15 @@ NUMBERS: Final[dict[type[Any], int]] = {
     Rclunk: 121,
     Tremove: 122,
     Rremove: 123,
+    Rerror: 107,
+    Topen: 112,
+    Ropen: 113,
+    Tcreate: 114,
+    Rcreate: 115,
+    Tstat: 124,
+    Rstat: 125,
+    Twstat: 126,
+    Rwstat: 127,
 }
 """Message class to its type number (include/net/9p/9p.h, enum p9_msg_t)."""
 
@@ -635,11 +705,13 @@ def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
             run = ""
         if kind:
             steps.append((None, *_VARIABLE[kind], 1))
-    make = message._make
+    required = len(kinds) - len(message._field_defaults)
 
     def decode(buffer: Buffer, start: int, end: int) -> Any:
         values: list[Any] = []
         for fields, read, _, _ in steps:
+            if start == end and len(values) == required:
+                break
             if fields is None:
                 value, start = read(buffer, start, end)
                 values.append(value)
@@ -649,7 +721,7 @@ def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
                 raise ProtocolError(f"{message.__name__} is cut short")
             values += fields.unpack_from(buffer, start)
             start = stop
-        return make(values)
+        return message(*values)
 
     def encode(value: Any) -> bytes:
         parts: list[bytes] = []
@@ -676,10 +748,12 @@ def _codec(message: type[Any], number: int) -> Codec:
     return Codec(message, number, size, decode, encode)
 
 
-CODECS: Final[dict[int, Codec]] = {
-    number: _codec(message, number) for message, number in NUMBERS.items()
+_ENCODERS: Final[dict[type[Any], Codec]] = {
+    message: _codec(message, number) for message, number in NUMBERS.items()
 }
+CODECS: Final[dict[int, Codec]] = {codec.number: codec for codec in _ENCODERS.values()}
 """Type number to codec, for both directions."""
+_ENCODERS[RerrorPlain] = _codec(RerrorPlain, NUMBERS[Rerror])
 
 
 def decode(buffer: Buffer) -> tuple[int, Any]:
@@ -701,9 +775,9 @@ def decode(buffer: Buffer) -> tuple[int, Any]:
 
 def encode(tag: int, message: Any) -> bytes:
     """The bytes of one message. Data of a reply in WITH_DATA is counted but not included."""
-    number = NUMBERS[type(message)]
-    body = CODECS[number].encode(message)
+    codec = _ENCODERS[type(message)]
+    body = codec.encode(message)
     size = HEADER_SIZE + len(body)
     if type(message) in WITH_DATA:
         size += message.nbytes
-    return HEADER.pack(size, number, tag) + body
+    return HEADER.pack(size, codec.number, tag) + body
