@@ -28,6 +28,7 @@ from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Reply, Server, waits
 from ninepd.p9.messages import (
+    CODEC_OF,
     CODECS,
     HEADER,
     HEADER_SIZE,
@@ -151,6 +152,8 @@ class Pipeline:
         segments = max(num, _SEGMENTS) if indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
+        self._tracing = trace.isEnabledFor(logging.DEBUG)
+        self._budget = server.tree.handles.budget
         self._jobs: dict[int, Job] = {}
         self._completed: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._waiting_versions: list[tuple[int, int, Tversion]] = []
@@ -253,42 +256,47 @@ class Pipeline:
         start = head * self._vring.header_stride
         size, number, tag = HEADER.unpack_from(self._vring.headers, start)
         payload = self._payloads[head]
-        payload.expect(readable, writable)
+        payload.room = writable - IO_HEADER
+        payload.available = readable - WRITE_HEADER
         try:
-            self._server.tree.handles.budget.make_room()
+            if self._budget.crowded:
+                self._budget.make_room()
             if fault:
                 raise ProtocolError("a buffer lies outside guest memory", fault)
             route, message = self._begin(start, size, number, readable, copied, writable)
-            if trace.isEnabledFor(logging.DEBUG):
+            if self._tracing:
                 trace.debug("%s: tag %d %s", self._name, tag, message)
             if tag in self._jobs:
                 raise ProtocolError(f"tag {tag} is in use")
             if route.handler is None:
                 self._session_message(head, tag, message)
                 return
-            fids = [
-                fid
-                for field in route.fid_fields
-                if (fid := self._server.session.fids.get(message[field])) is not None
-            ]
-            if any(map(waits, fids)):
-                data = payload.take(message.nbytes) if route.message is Twrite else b""
-                private = PrivatePayload(data, payload.room)
-                work = partial(route.handler, self._server, message, private)
-                self._hand_over(Job(head, tag, fids, private, False), work)
-                return
+            if self._server.tree.handles.remote:
+                fids = self._fids(route, message)
+                if any(map(waits, fids)):
+                    data = payload.take(message.nbytes) if route.message is Twrite else b""
+                    private = PrivatePayload(data, payload.room)
+                    work = partial(route.handler, self._server, message, private)
+                    self._hand_over(Job(head, tag, fids, private, False), work)
+                    return
             reply = route.handler(self._server, message, payload)
             if type(reply) is Later:
+                fids = self._fids(route, message)
                 self._hand_over(Job(head, tag, fids, payload, reply.in_guest_memory), reply.work)
                 return
         except OSError as error:
             reply = self._error(to_errno(error))
-            if trace.isEnabledFor(logging.DEBUG):
+            if self._tracing:
                 trace.debug("%s: tag %d because: %s", self._name, tag, error)
         except Exception:
             log.exception("%s: a bug made this request fail: message type %d", self._name, number)
             reply = self._error(errno.EIO)
         self._finish(head, tag, reply)
+
+    def _fids(self, route: Route, message: Any) -> list[Fid]:
+        numbers = [message[field] for field in route.fid_fields]
+        fids = self._server.session.fids
+        return [fids[number] for number in numbers if number in fids]
 
     def _begin(
         self, start: int, size: int, number: int, readable: int, copied: int, writable: int
@@ -368,8 +376,8 @@ class Pipeline:
     def _complete(self, job: Job) -> None:
         del self._jobs[job.tag]
         self._unpin(job)
-        if isinstance(job.payload, PrivatePayload) and job.payload.reply:
-            self._payloads[job.head].put(job.payload.reply)
+        if isinstance(job.payload, PrivatePayload):
+            job.payload.deliver(self._payloads[job.head])
         self._finish(job.head, job.tag, job.reply)
         for head, tag in job.flushes:
             self._finish(head, tag, Rflush())
@@ -380,29 +388,43 @@ class Pipeline:
 
     def _finish(self, head: int, tag: int, reply: Reply) -> None:
         """Encode a reply into the slot; one that does not fit becomes an error."""
-        if trace.isEnabledFor(logging.DEBUG):
+        if self._tracing:
             trace.debug("%s: tag %d %s", self._name, tag, reply)
-        if type(reply) is Encoded:
-            data = HEADER.pack(HEADER_SIZE + len(reply.body), reply.number, tag) + reply.body
-        else:
-            data = encode(tag, reply)
-        used = len(data) + reply.nbytes if type(reply) in WITH_DATA else len(data)
         vring = self._vring
+        kind = type(reply)
+        start = head * vring.reply_stride
         room = self._payloads[head].room + IO_HEADER
-        if used > room and type(reply) in ERRORS:
-            if reply.ename:
-                self._finish(head, tag, reply._replace(ename=reply.ename[: room - used]))
-            else:
-                self._push(head, 0, 0)
-        elif used > room:
-            self._finish(head, tag, self._error(errno.EMSGSIZE))
+        if kind is Encoded:
+            # Its space was checked beforehand, like that of all replies of a fixed size.
+            size = HEADER_SIZE + reply.size
+            HEADER.pack_into(vring.replies, start, size, reply.number, tag)
+            self._push(head, size, size)
+            return
+        codec = CODEC_OF[kind]
+        if codec.place is not None:
+            copy = used = HEADER_SIZE + codec.size
+            if kind in WITH_DATA:
+                used += reply.nbytes
+            codec.place(vring.replies, start, used, tag, reply)
+            self._push(head, copy, used)
+            return
+        data = encode(tag, reply)
+        if len(data) > room:
+            self._finish_too_long(head, tag, reply, len(data) - room)
         elif len(data) <= vring.reply_stride:
-            start = head * vring.reply_stride
             vring.replies[start : start + len(data)] = data
-            self._push(head, len(data), used)
+            self._push(head, len(data), len(data))
         else:
             vring.scatter(head, 0, data)
-            self._push(head, 0, used)
+            self._push(head, 0, len(data))
+
+    def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
+        if type(reply) not in ERRORS:
+            self._finish(head, tag, self._error(errno.EMSGSIZE))
+        elif reply.ename:
+            self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
+        else:
+            self._push(head, 0, 0)
 
 
 def _prepare_thread() -> None:

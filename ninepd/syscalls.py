@@ -97,6 +97,15 @@ class _Lib(Protocol):
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 _new: Final = _ffi.new
+view: Final = _ffi.from_buffer
+"""C's view of a writable buffer of Python."""
+
+
+def copy(source: Any, target: Any, size: int) -> None:
+    """Copy bytes from one such view to another."""
+    _ffi.memmove(target, source, size)
+
+
 _buffer: Final = _ffi.buffer
 
 
@@ -162,26 +171,21 @@ def open_parent(dirfd: int) -> int:
 
 
 def getattr_body(
-    fd: int, devices: QidDevices, has_generation: bool, generation: int
-) -> bytes | None:
-    """The body of an Rgetattr (9P2000.L) of what ``fd`` holds.
+    fd: int, devices: QidDevices, has_generation: bool, generation: int, body: Any
+) -> bool:
+    """Write the body of an Rgetattr (9P2000.L) of what ``fd`` holds, GETATTR_BODY bytes.
 
-    None if the table has no qid.path for it; then use ``getattr_body_as``.
+    False if the table has no qid.path for it; then use ``getattr_body_as``.
     """
-    body = _new("uint8_t[]", GETATTR_BODY)
-    result = _checked(
-        _lib.nd_getattr(
-            fd, devices.array, devices.count, False, 0, has_generation, generation, body
-        )
+    result = _lib.nd_getattr(
+        fd, devices.array, devices.count, False, 0, has_generation, generation, body
     )
-    return None if result == _UNMAPPED else _buffer(body)[:]
+    return _checked(result) != _UNMAPPED
 
 
-def getattr_body_as(fd: int, path: int, has_generation: bool, generation: int) -> bytes:
+def getattr_body_as(fd: int, path: int, has_generation: bool, generation: int, body: Any) -> None:
     """The same with a given qid.path."""
-    body = _new("uint8_t[]", GETATTR_BODY)
     _checked(_lib.nd_getattr(fd, _ffi.NULL, 0, True, path, has_generation, generation, body))
-    return cast("bytes", _buffer(body)[:])
 
 
 def readdir(fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:

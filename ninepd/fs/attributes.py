@@ -19,21 +19,20 @@ from ninepd.p9.messages import (
 )
 from ninepd.syscalls import NO_ID, UTIME_NOW, UTIME_OMIT
 
-_RGETATTR = NUMBERS[Rgetattr]
+_ENCODED = Encoded(NUMBERS[Rgetattr], syscalls.GETATTR_BODY)
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 
 
-def getattr(server: Server, message: Tgetattr, _payload: Payload) -> Reply:  # noqa: A001
+def getattr(server: Server, message: Tgetattr, payload: Payload) -> Reply:  # noqa: A001
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
     handle = server.file(message.fid).handle
     qids = server.tree.qids
     generation = handle.has_generation, handle.generation
-    body = syscalls.getattr_body(handle.fd, qids.devices, *generation)
-    if body is None:
+    if not syscalls.getattr_body(handle.fd, qids.devices, *generation, payload.body):
         path = qids.path(server.tree.stat(handle))
-        body = syscalls.getattr_body_as(handle.fd, path, *generation)
-    return Encoded(_RGETATTR, body)
+        syscalls.getattr_body_as(handle.fd, path, *generation, payload.body)
+    return _ENCODED
 
 
 def _time(valid: int, changes: int, explicit: int, sec: int, nsec: int) -> tuple[int, int]:

@@ -97,6 +97,7 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._high = limit - limit // 16
         self.lock = threading.RLock()
         self.resting = 0
         """Holders that are put aside."""
@@ -115,15 +116,18 @@ class Budget:
         with self.lock:
             self._open.pop(holder, None)
 
+    @property
+    def crowded(self) -> bool:
+        """Is it time to ``make_room``?"""
+        return len(self._open) >= self._high
+
     def check(self) -> None:
         """EMFILE if a new fid may not take another descriptor: nothing idle was left."""
         if len(self._open) >= self.limit:
             raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
 
     def make_room(self) -> None:
-        """Put idle holders aside if there is little room left. Between requests only."""
-        if len(self._open) < self.limit - self.limit // 16:
-            return
+        """Put idle holders aside, so that there is room again. Between requests only."""
         if self._calls_to_skip:
             self._calls_to_skip -= 1
             return

@@ -232,6 +232,8 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
             stat = syscalls.stat_at(fd, b"" if itself else name)
         except FileNotFoundError:
             continue
+        if not tree.shows(stat):
+            continue
         kind = st.S_IFMT(stat.mode) >> 12
         entry = QID.pack(*tree.qids.qid(stat)) + position.to_bytes(8, "little")
         entry += bytes((kind,)) + len(name).to_bytes(2, "little") + name

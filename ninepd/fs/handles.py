@@ -173,6 +173,8 @@ class HandleTable:
     def __init__(self, budget: Budget, by_handle: bool, multidevs: Multidevs) -> None:
         """``by_handle`` needs CAP_DAC_READ_SEARCH."""
         self.budget = budget
+        self.remote = False
+        """Was any handle on storage that may keep a request waiting?"""
         self._by_handle = by_handle
         self._multidevs = multidevs
         self._lock = threading.Lock()
@@ -231,6 +233,7 @@ class HandleTable:
                     "one inode number (--multidevs warn)"
                 )
         storage = self._storage[stat.dev] = _storage_of(fd)
+        self.remote |= storage is Storage.REMOTE
         return storage
 
     def share(self, handle: Handle) -> Handle:

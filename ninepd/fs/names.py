@@ -121,10 +121,13 @@ def _rename(server: Server, old: tuple[Handle, bytes], new: tuple[Handle, bytes]
 
 def _place(server: Server, fid: Fid) -> tuple[Handle, bytes]:
     """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown."""
-    if fid.handle is server.tree.root:
+    tree = server.tree
+    if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
-    if fid.place is None or not server.tree.handles.is_at(fid.handle, *fid.place):
-        raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
+    if fid.place is None or not tree.handles.is_at(fid.handle, *fid.place):
+        old, fid.place = fid.place, tree.find(fid.handle)
+        if old is not None:
+            tree.handles.release(old[0])
     return fid.place
 
 

@@ -39,6 +39,9 @@ class Payload(Protocol):
     def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         """pwritev2 from the request's data after ``skip`` bytes; returns bytes, raises OSError."""
 
+    body: Any
+    """C's view of the buffer for a small reply, behind its header: for ``Encoded``."""
+
     def put(self, data: bytes) -> None:
         """Copy ``data`` to the start of the reply's data."""
 
@@ -47,10 +50,10 @@ class Payload(Protocol):
 
 
 class Encoded(NamedTuple):
-    """A reply whose body C has encoded already."""
+    """A reply whose body C has encoded into ``payload.body``."""
 
     number: int
-    body: bytes
+    size: int
 
 
 class Later(NamedTuple):

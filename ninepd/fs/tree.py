@@ -59,6 +59,7 @@ class Tree:
         stat = syscalls.stat(fd)
         self.handles = HandleTable(Budget(budget), by_handle, multidevs)
         self.qids = QidMap(stat, one_device=multidevs is not Multidevs.REMAP)
+        self._forbids = multidevs is Multidevs.FORBID
         self.root = self.handles.adopt(fd, stat)
         self.root.pins = 1
 
@@ -87,15 +88,19 @@ class Tree:
         """
         if directory is self.root:
             return self.handles.share(directory), syscalls.stat(directory.fd)
-        parent = syscalls.open_parent(directory.fd)
+        parent = self._adopt_below_root(syscalls.open_parent(directory.fd))
+        return parent, syscalls.stat(parent.fd)
+
+    def _adopt_below_root(self, fd: int) -> Handle:
+        """A handle on a directory that was not found by a scoped look-up; ENOENT if outside."""
         try:
-            found = syscalls.stat(parent)
-            if not self._below_root(parent, found):
-                raise FileNotFoundError(errno.ENOENT, "the directory has left the export")
-        except BaseException:
-            os.close(parent)
+            stat = syscalls.stat(fd)
+            if not self._below_root(fd, stat):
+                raise FileNotFoundError(errno.ENOENT, "the directory is not in the export")
+        except OSError:
+            os.close(fd)
             raise
-        return self.handles.adopt(parent, found), found
+        return self.handles.adopt(fd, stat)
 
     def _below_root(self, fd: int, stat: Stat) -> bool:
         climber = os.dup(fd)
@@ -120,6 +125,28 @@ class Tree:
     def qid(self, handle: Handle) -> Qid:
         """The qid of what a handle holds, as it is now."""
         return self.qids.qid(syscalls.stat_at(handle.fd, b""))
+
+    def shows(self, stat: Stat) -> bool:
+        """May a directory list this file? With multidevs=forbid only what a walk would find."""
+        return not self._forbids or stat.dev == self.root.key[1]
+
+    def find(self, handle: Handle) -> tuple[Handle, bytes]:
+        """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
+
+        The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).
+        It is used only if it leads, inside the export, to the file itself. The directory's
+        reference is the caller's.
+        """
+        directory, _, name = os.readlink(os.fsencode(handle.path)).rpartition(b"/")
+        try:
+            fd = os.open(directory or b"/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            parent = self._adopt_below_root(fd)
+        except OSError:
+            raise OSError(errno.ESTALE, "the file has no name in the export") from None
+        if not self.handles.is_at(handle, parent, name):
+            self.handles.release(parent)
+            raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
+        return parent, name
 
     # Opening
 

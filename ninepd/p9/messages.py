@@ -608,10 +608,13 @@ class Codec(NamedTuple):
     """(buffer, start of the body, end of the message) to a message; raises ProtocolError."""
     encode: Callable[[Any], bytes]
     """A message to the bytes of its body."""
+    place: Callable[[memoryview, int, int, int, Any], None] | None
+    """(buffer, position, size, tag, message): writes it there with its header, where no field
+    varies in length; then ``size`` is known beforehand."""
 
 
-def _fixed(message: type[Any], layout: str, has_qid: bool) -> tuple[Any, Any]:
-    """Codec of a body without strings: one Struct call, the qid (if any) folded in."""
+def _fixed(message: type[Any], number: int, layout: str, qid: int | None) -> tuple[Any, Any, Any]:
+    """Codec of a body without strings: one Struct call. ``qid`` is the position of one."""
     fields = Struct("<" + layout)
     unpack_from, pack, size, make = fields.unpack_from, fields.pack, fields.size, message._make
     required = Struct("<" + layout[: len(layout) - len(message._field_defaults)])
@@ -622,20 +625,22 @@ def _fixed(message: type[Any], layout: str, has_qid: bool) -> tuple[Any, Any]:
                 return message(*required.unpack_from(buffer, start))
             raise ProtocolError(f"{message.__name__} is {size - (end - start)} bytes short")
         values = unpack_from(buffer, start)
-        if has_qid:
-            at = message._fields.index("qid")
-            values = (*values[:at], Qid._make(values[at : at + 3]), *values[at + 3 :])
+        if qid is not None:
+            values = (*values[:qid], Qid._make(values[qid : qid + 3]), *values[qid + 3 :])
         return make(values)
 
-    def encode(value: Any) -> bytes:
-        if not has_qid:
-            return pack(*value)
-        flat: list[int] = []
-        for item in value:
-            flat.extend(item if type(item) is Qid else (item,))
-        return pack(*flat)
+    def flat(value: Any) -> Any:
+        return value if qid is None else (*value[:qid], *value[qid], *value[qid + 1 :])
 
-    return decode, encode
+    def encode(value: Any) -> bytes:
+        return pack(*flat(value))
+
+    pack_into = Struct(HEADER.format + layout).pack_into
+
+    def place(buffer: memoryview, at: int, size: int, tag: int, value: Any) -> None:
+        pack_into(buffer, at, size, number, tag, *flat(value))
+
+    return decode, encode, place
 
 
 def _string(buffer: Buffer, at: int, end: int) -> tuple[bytes, int]:
@@ -708,6 +713,8 @@ def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
     required = len(kinds) - len(message._field_defaults)
 
     def decode(buffer: Buffer, start: int, end: int) -> Any:
+        # Bytes, because slices of a memoryview cost twice as much.
+        buffer, start, end = bytes(buffer[start:end]), 0, end - start
         values: list[Any] = []
         for fields, read, _, _ in steps:
             if start == end and len(values) == required:
@@ -742,18 +749,21 @@ def _codec(message: type[Any], number: int) -> Codec:
     kinds = ["BIQ" if hint is Qid else hint.__metadata__[0] for hint in hints.values()]
     if any(kind in _VARIABLE for kind in kinds):
         decode, encode = _variable(message, kinds)
+        place = None
     else:
-        decode, encode = _fixed(message, "".join(kinds), Qid in hints.values())
+        qid = kinds.index("BIQ") if "BIQ" in kinds else None
+        decode, encode, place = _fixed(message, number, "".join(kinds), qid)
     size = sum(2 if kind in _VARIABLE else Struct("<" + kind).size for kind in kinds)
-    return Codec(message, number, size, decode, encode)
+    return Codec(message, number, size, decode, encode, place)
 
 
-_ENCODERS: Final[dict[type[Any], Codec]] = {
+CODEC_OF: Final[dict[type[Any], Codec]] = {
     message: _codec(message, number) for message, number in NUMBERS.items()
 }
-CODECS: Final[dict[int, Codec]] = {codec.number: codec for codec in _ENCODERS.values()}
+"""Message class to codec."""
+CODECS: Final[dict[int, Codec]] = {codec.number: codec for codec in CODEC_OF.values()}
 """Type number to codec, for both directions."""
-_ENCODERS[RerrorPlain] = _codec(RerrorPlain, NUMBERS[Rerror])
+CODEC_OF[RerrorPlain] = _codec(RerrorPlain, NUMBERS[Rerror])
 
 
 def decode(buffer: Buffer) -> tuple[int, Any]:
@@ -775,7 +785,7 @@ def decode(buffer: Buffer) -> tuple[int, Any]:
 
 def encode(tag: int, message: Any) -> bytes:
     """The bytes of one message. Data of a reply in WITH_DATA is counted but not included."""
-    codec = _ENCODERS[type(message)]
+    codec = CODEC_OF[type(message)]
     body = codec.encode(message)
     size = HEADER_SIZE + len(body)
     if type(message) in WITH_DATA:
