@@ -32,7 +32,7 @@
 /* What fs/ asks of a file; filled by statx, one layout with Stat in syscalls.py. */
 typedef struct {
     uint64_t dev, ino, mnt_id, size, blocks, rdev;
-    uint32_t mode, nlink, uid, gid, blksize, version, generation, pad;
+    uint32_t mode, nlink, uid, gid, version, generation, has_generation, pad;
 } nd_stat;
 
 /* qid.path of an inode below 2^48 on `dev` is `prefix | ino`. */
@@ -44,14 +44,14 @@ typedef struct {
     uint64_t type, bsize, blocks, bfree, bavail, files, ffree, fsid, namelen;
 } nd_statfs;
 
-enum { ND_GETATTR_BODY = 153, ND_UNMAPPED = 1 };
+enum { ND_GETATTR_BODY = 153, ND_UNMAPPED = 1, ND_HANDLE_MAX = 132 };
 
 int nd_walk(int dirfd, const char *name, nd_stat *out);
-int nd_stat_at(int dirfd, const char *name, nd_stat *out);
+int nd_stat_at(int dirfd, const char *name, int identify, nd_stat *out);
 int nd_open_scoped(int dirfd, const char *name, int flags);
 int nd_open_parent(int dirfd);
 int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, uint64_t path,
-               uint8_t *body);
+               int has_generation, uint32_t generation, uint8_t *body);
 int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices, int count,
                    uint8_t *out, uint32_t size);
 int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size);
@@ -64,6 +64,8 @@ int nd_chown(int fd, uint32_t uid, uint32_t gid);
 int nd_utimens(int fd, int64_t atime_sec, int64_t atime_nsec, int64_t mtime_sec,
                int64_t mtime_nsec);
 int nd_fstatfs(int fd, nd_statfs *out);
+int nd_file_handle(int fd, uint8_t *out);
+int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags);
 int nd_keep_capabilities(void);
 /* cdef-end */
 
@@ -72,8 +74,7 @@ int nd_keep_capabilities(void);
 #define QID_INO_LIMIT (UINT64_C(1) << 48)
 #define NO_ID UINT32_MAX
 
-static int scoped_open(int dirfd, const char *name, uint64_t flags, uint64_t mode)
-{
+static int scoped_open(int dirfd, const char *name, uint64_t flags, uint64_t mode) {
     struct open_how how = {.flags = flags | O_CLOEXEC, .mode = mode, .resolve = SCOPED};
     for (int attempt = 0;; attempt++) {
         long fd = syscall(SYS_openat2, dirfd, name, &how, sizeof how);
@@ -87,8 +88,7 @@ static int scoped_open(int dirfd, const char *name, uint64_t flags, uint64_t mod
 
 /* Changes whenever content or attributes do; never 0, which turns all caching off in the Linux
  * client (fs/9p/vfs_file.c, v9fs_file_open). */
-static uint32_t qid_version(const struct statx *st)
-{
+static uint32_t qid_version(const struct statx *st) {
     uint64_t h = (uint64_t)st->stx_mtime.tv_sec * UINT64_C(0x9e3779b97f4a7c15);
     h = (h ^ st->stx_mtime.tv_nsec) * UINT64_C(0xbf58476d1ce4e5b9);
     h = (h ^ (uint64_t)st->stx_ctime.tv_sec ^ (h >> 29)) * UINT64_C(0x94d049bb133111eb);
@@ -97,32 +97,77 @@ static uint32_t qid_version(const struct statx *st)
     return version ? version : 1;
 }
 
-/* Tells a recycled inode from its predecessor: made from the birth time, which no file changes
- * (0 where the file system keeps none). 32 bits, because Linux compares it with i_generation. */
-static uint32_t generation(const struct statx *st)
-{
-    if (!(st->stx_mask & STATX_BTIME))
-        return 0;
-    uint64_t h = (uint64_t)st->stx_btime.tv_sec * UINT64_C(0x9e3779b97f4a7c15);
-    h = (h ^ st->stx_btime.tv_nsec ^ (h >> 31)) * UINT64_C(0xbf58476d1ce4e5b9);
-    return (uint32_t)(h >> 32);
+/* The kernel's own name for an inode: its type as 4 bytes, then up to 128 bytes that hold the
+ * generation too. Returns the length, or -EOPNOTSUPP where a file system has none. */
+int nd_file_handle(int fd, uint8_t *out) {
+    union {
+        struct file_handle handle;
+        uint8_t room[sizeof(struct file_handle) + MAX_HANDLE_SZ];
+    } h = {.handle.handle_bytes = MAX_HANDLE_SZ};
+    int mount_id, type;
+    if (name_to_handle_at(fd, "", &h.handle, &mount_id, AT_EMPTY_PATH) < 0)
+        return -errno;
+    type = h.handle.handle_type;
+    memcpy(out, &type, sizeof type);
+    memcpy(out + sizeof type, h.handle.f_handle, h.handle.handle_bytes);
+    return (int)(sizeof type + h.handle.handle_bytes);
 }
 
-static uint64_t device_number(uint32_t major_number, uint32_t minor_number)
-{
+/* Open what a handle names; `mount_fd` is an ordinary descriptor on its mount. */
+int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags) {
+    union {
+        struct file_handle handle;
+        uint8_t room[sizeof(struct file_handle) + MAX_HANDLE_SZ];
+    } h = {.handle.handle_bytes = (unsigned int)size - sizeof(int)};
+    if (size < (int)sizeof(int) || size > ND_HANDLE_MAX)
+        return -EINVAL;
+    memcpy(&h.handle.handle_type, handle, sizeof(int));
+    memcpy(h.handle.f_handle, handle + sizeof(int), h.handle.handle_bytes);
+    int fd = open_by_handle_at(mount_fd, &h.handle, flags | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+/* Tells a recycled inode from its predecessor. 32 bits, because Linux compares it with i_generation
+ * (fs/9p/vfs_inode_dotl.c). From the file handle if there is one, which holds the generation: as
+ * it is on ext4 (FILEID_INO32_GEN), else mixed so that a change of one word always changes the
+ * result. Otherwise from the birth time, which is only a good guess. */
+static int generation_of(int fd, const struct statx *st, uint32_t *out) {
+    uint8_t handle[ND_HANDLE_MAX];
+    int size = nd_file_handle(fd, handle);
+    uint32_t h = 0, word;
+    if (size < 0) {
+        uint64_t birth = (uint64_t)st->stx_btime.tv_sec * UINT64_C(0x9e3779b97f4a7c15);
+        birth = (birth ^ st->stx_btime.tv_nsec ^ (birth >> 31)) * UINT64_C(0xbf58476d1ce4e5b9);
+        *out = st->stx_mask & STATX_BTIME ? (uint32_t)(birth >> 32) : 0;
+        return 0;
+    }
+    int type;
+    memcpy(&type, handle, sizeof type);
+    if (type == 1 && size == 12) {
+        memcpy(out, handle + 8, sizeof *out);
+        return 1;
+    }
+    for (int at = 0; at < size; at += (int)sizeof word) {
+        word = 0;
+        memcpy(&word, handle + at, size - at < (int)sizeof word ? size - at : (int)sizeof word);
+        h = h * UINT32_C(0x9e3779b1) + word;
+    }
+    *out = h;
+    return 1;
+}
+
+static uint64_t device_number(uint32_t major_number, uint32_t minor_number) {
     return makedev(major_number, minor_number);
 }
 
-static int stat_fd(int fd, const char *name, struct statx *st)
-{
+static int stat_fd(int fd, const char *name, struct statx *st) {
     int flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_SYNC_AS_STAT;
     if (!*name)
         flags |= AT_EMPTY_PATH;
     return statx(fd, name, flags, STATX_WANTED, st) < 0 ? -errno : 0;
 }
 
-static void fill_stat(nd_stat *out, const struct statx *st)
-{
+static void fill_stat(nd_stat *out, const struct statx *st) {
     *out = (nd_stat){
         .dev = device_number(st->stx_dev_major, st->stx_dev_minor),
         .ino = st->stx_ino,
@@ -134,15 +179,12 @@ static void fill_stat(nd_stat *out, const struct statx *st)
         .nlink = st->stx_nlink,
         .uid = st->stx_uid,
         .gid = st->stx_gid,
-        .blksize = st->stx_blksize,
         .version = qid_version(st),
-        .generation = generation(st),
     };
 }
 
 /* Look one name up without opening it: an O_PATH descriptor and its attributes. */
-int nd_walk(int dirfd, const char *name, nd_stat *out)
-{
+int nd_walk(int dirfd, const char *name, nd_stat *out) {
     int fd = scoped_open(dirfd, name, O_PATH | O_NOFOLLOW, 0);
     if (fd < 0)
         return fd;
@@ -153,60 +195,58 @@ int nd_walk(int dirfd, const char *name, nd_stat *out)
         return error;
     }
     fill_stat(out, &st);
+    out->has_generation = (uint32_t)generation_of(fd, &st, &out->generation);
     return fd;
 }
 
-/* Attributes of a name in a directory, or of the descriptor itself when `name` is empty. */
-int nd_stat_at(int dirfd, const char *name, nd_stat *out)
-{
+/* Attributes of a name in a directory, or of the descriptor itself when `name` is empty; then
+ * `identify` asks for the generation too. */
+int nd_stat_at(int dirfd, const char *name, int identify, nd_stat *out) {
     struct statx st;
     int error = stat_fd(dirfd, name, &st);
-    if (!error)
-        fill_stat(out, &st);
-    return error;
+    if (error)
+        return error;
+    fill_stat(out, &st);
+    if (identify)
+        out->has_generation = (uint32_t)generation_of(dirfd, &st, &out->generation);
+    return 0;
 }
 
-int nd_open_scoped(int dirfd, const char *name, int flags)
-{
+int nd_open_scoped(int dirfd, const char *name, int flags) {
     return scoped_open(dirfd, name, (uint64_t)(unsigned int)flags, 0);
 }
 
 /* ".." cannot be scoped (EXDEV); the caller proves that the result lies under the export. */
-int nd_open_parent(int dirfd)
-{
+int nd_open_parent(int dirfd) {
     int fd = openat(dirfd, "..", O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     return fd < 0 ? -errno : fd;
 }
 
-static uint8_t *put8(uint8_t *at, uint8_t value)
-{
+static uint8_t *put8(uint8_t *at, uint8_t value) {
     *at = value;
     return at + 1;
 }
 
-static uint8_t *put16(uint8_t *at, uint16_t value)
-{
+static uint8_t *put16(uint8_t *at, uint16_t value) {
     value = htole16(value);
     memcpy(at, &value, sizeof value);
     return at + sizeof value;
 }
 
-static uint8_t *put32(uint8_t *at, uint32_t value)
-{
+static uint8_t *put32(uint8_t *at, uint32_t value) {
     value = htole32(value);
     memcpy(at, &value, sizeof value);
     return at + sizeof value;
 }
 
-static uint8_t *put64(uint8_t *at, uint64_t value)
-{
+static uint8_t *put64(uint8_t *at, uint64_t value) {
     value = htole64(value);
     memcpy(at, &value, sizeof value);
     return at + sizeof value;
 }
 
-static int qid_path(const struct statx *st, const nd_qid_device *devices, int count, uint64_t *path)
-{
+static int qid_path(const struct statx *st, const nd_qid_device *devices, int count,
+                    uint64_t *path) {
     uint64_t dev = device_number(st->stx_dev_major, st->stx_dev_minor);
     if (st->stx_ino < QID_INO_LIMIT)
         for (int i = 0; i < count; i++)
@@ -217,23 +257,22 @@ static int qid_path(const struct statx *st, const nd_qid_device *devices, int co
     return ND_UNMAPPED;
 }
 
-static uint8_t *put_qid(uint8_t *at, const struct statx *st, uint64_t path)
-{
+static uint8_t *put_qid(uint8_t *at, const struct statx *st, uint64_t path) {
     uint8_t type = S_ISDIR(st->stx_mode) ? 0x80 : S_ISLNK(st->stx_mode) ? 0x02 : 0;
     return put64(put32(put8(at, type), qid_version(st)), path);
 }
 
-static uint8_t *put_time(uint8_t *at, struct statx_timestamp time)
-{
+static uint8_t *put_time(uint8_t *at, struct statx_timestamp time) {
     return put64(put64(at, (uint64_t)time.tv_sec), time.tv_nsec);
 }
 
 /* The body of an Rgetattr (ND_GETATTR_BODY bytes) of what `fd` holds. The path number comes from
- * the caller if `has_path`, else from the table; ND_UNMAPPED when the table has none for it. */
+ * the caller if `has_path`, else from the table; ND_UNMAPPED when the table has none for it. The
+ * generation never changes, so the caller keeps it; it is sent in any case, because Linux compares
+ * it without looking at the valid bit. */
 int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, uint64_t path,
-                      uint8_t *body)
-{
-    const uint64_t basic = 0x7ff, btime = 0x800;
+               int has_generation, uint32_t generation, uint8_t *body) {
+    const uint64_t basic = 0x7ff, btime = 0x800, gen = 0x1000;
     struct statx st;
     int error = stat_fd(fd, "", &st);
     if (!error && !has_path)
@@ -242,14 +281,15 @@ int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, ui
         return error;
     uint64_t rdev = ((uint64_t)(st.stx_rdev_minor & 0xff)) | ((uint64_t)st.stx_rdev_major << 8) |
                     ((uint64_t)(st.stx_rdev_minor & ~0xffU) << 12); /* new_encode_dev() */
-    uint8_t *at = put64(body, basic | (st.stx_mask & STATX_BTIME ? btime : 0));
+    uint64_t valid = basic | (st.stx_mask & STATX_BTIME ? btime : 0) | (has_generation ? gen : 0);
+    uint8_t *at = put64(body, valid);
     at = put_qid(at, &st, path);
     at = put32(put32(put32(at, st.stx_mode), st.stx_uid), st.stx_gid);
     at = put64(put64(put64(at, st.stx_nlink), rdev), st.stx_size);
     at = put64(put64(at, st.stx_blksize), st.stx_blocks);
     at = put_time(put_time(put_time(at, st.stx_atime), st.stx_mtime), st.stx_ctime);
     at = put_time(at, st.stx_btime);
-    put64(put64(at, generation(&st)), 0);
+    put64(put64(at, generation), 0);
     return 0;
 }
 
@@ -262,8 +302,7 @@ struct dirent64_head { /* getdents64(2); glibc's struct dirent64 has a fixed-siz
 } __attribute__((packed));
 
 /* Entries after position `offset` (0: the start) as the kernel gives them; bytes or -errno. */
-int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size)
-{
+int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size) {
     if (lseek(fd, (off_t)offset, SEEK_SET) < 0)
         return -errno;
     long got = syscall(SYS_getdents64, fd, out, size);
@@ -277,9 +316,8 @@ int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size)
  * what is mounted there, whose identity a walk would show too; one that has vanished meanwhile is
  * left out. `at_root`: ".." is the directory itself, as it is for a walk.
  */
-int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices,
-                          int count, uint8_t *out, uint32_t size)
-{
+int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices, int count,
+                   uint8_t *out, uint32_t size) {
     enum { CHUNK = 32768, FIXED = 13 + 8 + 1 + 2 };
     _Alignas(8) uint8_t chunk[CHUNK];
     uint32_t used = 0;
@@ -321,21 +359,18 @@ struct identity {
     uint32_t uid, gid;
 };
 
-static uint32_t set_fs_id(long number, uint32_t id)
-{
+static uint32_t set_fs_id(long number, uint32_t id) {
     return (uint32_t)syscall(number, id); /* returns the previous one, whether it worked or not */
 }
 
-static void restore(struct identity old)
-{
+static void restore(struct identity old) {
     set_fs_id(SYS_setfsuid, old.uid);
     set_fs_id(SYS_setfsgid, old.gid);
     if (set_fs_id(SYS_setfsuid, NO_ID) != old.uid || set_fs_id(SYS_setfsgid, NO_ID) != old.gid)
         abort();
 }
 
-static int assume(uint32_t uid, uint32_t gid, struct identity *old)
-{
+static int assume(uint32_t uid, uint32_t gid, struct identity *old) {
     old->gid = set_fs_id(SYS_setfsgid, gid);
     old->uid = set_fs_id(SYS_setfsuid, uid);
     if ((uid != NO_ID && set_fs_id(SYS_setfsuid, NO_ID) != uid) ||
@@ -358,9 +393,7 @@ static int assume(uint32_t uid, uint32_t gid, struct identity *old)
     return result_
 
 /* Create a regular file that must not exist yet; an open descriptor or -errno. */
-int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t uid,
-                     uint32_t gid)
-{
+int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t uid, uint32_t gid) {
     uint64_t how = (uint64_t)(unsigned int)flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_NOCTTY;
     struct identity old;
     int result = assume(uid, gid, &old);
@@ -371,37 +404,31 @@ int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t ui
     return result;
 }
 
-int nd_mkdir(int dirfd, const char *name, uint32_t mode, uint32_t uid, uint32_t gid)
-{
+int nd_mkdir(int dirfd, const char *name, uint32_t mode, uint32_t uid, uint32_t gid) {
     AS(uid, gid, mkdirat(dirfd, name, mode));
 }
 
-int nd_symlink(const char *target, int dirfd, const char *name, uint32_t uid, uint32_t gid)
-{
+int nd_symlink(const char *target, int dirfd, const char *name, uint32_t uid, uint32_t gid) {
     AS(uid, gid, symlinkat(target, dirfd, name));
 }
 
 int nd_mknod(int dirfd, const char *name, uint32_t mode, uint32_t major_number,
-                    uint32_t minor_number, uint32_t uid, uint32_t gid)
-{
+             uint32_t minor_number, uint32_t uid, uint32_t gid) {
     AS(uid, gid, mknodat(dirfd, name, mode, makedev(major_number, minor_number)));
 }
 
-int nd_chown(int fd, uint32_t uid, uint32_t gid)
-{
+int nd_chown(int fd, uint32_t uid, uint32_t gid) {
     return fchownat(fd, "", uid, gid, AT_EMPTY_PATH) < 0 ? -errno : 0;
 }
 
 /* Times in seconds and nanoseconds; a nanosecond field may be UTIME_NOW or UTIME_OMIT. */
 int nd_utimens(int fd, int64_t atime_sec, int64_t atime_nsec, int64_t mtime_sec,
-                      int64_t mtime_nsec)
-{
+               int64_t mtime_nsec) {
     struct timespec times[2] = {{atime_sec, atime_nsec}, {mtime_sec, mtime_nsec}};
     return syscall(SYS_utimensat, fd, "", times, AT_EMPTY_PATH) < 0 ? -errno : 0;
 }
 
-int nd_fstatfs(int fd, nd_statfs *out)
-{
+int nd_fstatfs(int fd, nd_statfs *out) {
     struct statfs st;
     if (fstatfs(fd, &st) < 0)
         return -errno;
@@ -424,8 +451,7 @@ int nd_fstatfs(int fd, nd_statfs *out)
 /* This thread keeps its capabilities while its fsuid is a guest user's (capabilities(7),
  * SECBIT_NO_SETUID_FIXUP): the guest kernel has checked permissions already, and a second check
  * here would not know that user's supplementary groups. */
-int nd_keep_capabilities(void)
-{
+int nd_keep_capabilities(void) {
     int bits = prctl(PR_GET_SECUREBITS);
     if (bits < 0 || prctl(PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) < 0)
         return -errno;

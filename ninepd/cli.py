@@ -100,6 +100,22 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--readonly", is_flag=True, help="Let the guest change nothing."),
         click.option(
+            "--multidevs",
+            metavar="MODE",
+            default="remap",
+            show_default=True,
+            help="Other devices mounted below DIR: remap inode numbers so that they stay unique, "
+            "warn that they may not be, or forbid to enter.",
+        ),
+        click.option(
+            "--reclaim",
+            metavar="HOW",
+            default="names",
+            show_default=True,
+            help="When descriptors run short, find files again by their names if they still are "
+            "the same files, or by handles (needs CAP_DAC_READ_SEARCH).",
+        ),
+        click.option(
             "--msize-max",
             type=int,
             metavar="BYTES",

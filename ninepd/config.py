@@ -6,17 +6,34 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
 from typing import Any, Final
 
 from ninepd.errors import UsageError
-from ninepd.p9.messages import MIN_MSIZE
 
 TAG_MAX: Final = 254
 """QEMU's config space has at most 256 bytes, two of them for the tag's length."""
 SUN_PATH_MAX: Final = 107
 """unix(7): sun_path without its final NUL."""
+MIN_MSIZE: Final = 4096
+"""Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
 DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
+
+
+class Multidevs(StrEnum):
+    """What to do with other devices mounted below the export (QEMU's option ``multidevs``)."""
+
+    REMAP = "remap"
+    FORBID = "forbid"
+    WARN = "warn"
+
+
+class Reclaim(StrEnum):
+    """How a file is found again whose descriptor was put aside because they run short."""
+
+    NAMES = "names"
+    HANDLES = "handles"
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,8 @@ class Export:
     fd: int | None = None
     security_model: str = "passthrough"
     readonly: bool = False
+    multidevs: str = Multidevs.REMAP.value
+    reclaim: str = Reclaim.NAMES.value
     msize_max: int = DEFAULT_MSIZE_MAX
     poll_us: int = DEFAULT_POLL_US
 
@@ -36,6 +55,8 @@ class Export:
         self._check_directory()
         self._check_tag()
         self._check_socket()
+        _check_choice("multidevs", self.multidevs, Multidevs)
+        _check_choice("reclaim", self.reclaim, Reclaim)
         if self.msize_max < MIN_MSIZE:
             raise UsageError(f"--msize-max: {self.msize_max} is below {MIN_MSIZE}, the least")
         if not 0 <= self.poll_us <= 10_000:
@@ -88,6 +109,11 @@ class Export:
                 raise UsageError(f"--fd: descriptor {self.fd} is not open") from None
             if not is_socket or _domain(self.fd) != socket.AF_UNIX:
                 raise UsageError(f"--fd: descriptor {self.fd} is no unix socket")
+
+
+def _check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
+    if value not in set(choices):
+        raise UsageError(f"--{option}: {value!r} is unknown; use one of {', '.join(choices)}")
 
 
 def _domain(fd: int) -> int:

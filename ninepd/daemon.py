@@ -17,11 +17,12 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from ninepd.config import Config, Export
+from ninepd.config import Config, Export, Multidevs, Reclaim
 from ninepd.device import Device
 from ninepd.errors import FramingLost, UsageError
 from ninepd.frontend import FrontEnd
-from ninepd.fs.security import make_model
+from ninepd.fs.descriptors import budget_of
+from ninepd.fs.security import CAP_DAC_READ_SEARCH, has_capabilities, make_model
 from ninepd.fs.server import Policy, Server
 from ninepd.fs.tree import Tree
 
@@ -36,17 +37,21 @@ class Listener:
     """An export on its socket."""
 
     def __init__(
-        self, export: Export, loop: asyncio.AbstractEventLoop, left: Callable[[], None]
+        self,
+        export: Export,
+        loop: asyncio.AbstractEventLoop,
+        budget: int,
+        left: Callable[[], None],
     ) -> None:
-        """Ready to listen, or UsageError. ``left`` is called whenever a front end has gone."""
+        """Ready to listen, or UsageError. ``budget`` is how many descriptors fids may keep open.
+
+        ``left`` is called whenever a front end has gone.
+        """
         self._export = export
         self._loop = loop
         self._left = left
         policy = Policy(make_model(export.security_model), export.readonly, export.msize_max)
-        try:
-            self._tree = Tree(export.export)
-        except OSError as error:
-            raise UsageError(f"--export: {export.export}: {error.strerror}") from None
+        self._tree = _open_tree(export, budget)
         self._policy = policy
         self._front_end: FrontEnd | None = None
         self._device: Device | None = None
@@ -163,6 +168,27 @@ class Listener:
             device.close()
 
 
+def _open_tree(export: Export, budget: int) -> Tree:
+    by_handle = export.reclaim == Reclaim.HANDLES
+    if by_handle and not has_capabilities(CAP_DAC_READ_SEARCH):
+        raise UsageError("--reclaim: handles needs CAP_DAC_READ_SEARCH; run as root, or use names")
+    try:
+        tree = Tree(
+            export.export,
+            budget=budget,
+            by_handle=by_handle,
+            multidevs=Multidevs(export.multidevs),
+        )
+    except OSError as error:
+        raise UsageError(f"--export: {export.export}: {error.strerror}") from None
+    if by_handle and not tree.handles.may_rest(tree.root):
+        tree.close()
+        raise UsageError(
+            f"--reclaim: the file system of {export.export} cannot open files by handle; use names"
+        )
+    return tree
+
+
 def _peer(connection: socket.socket) -> str:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS)
     pid, uid = (int.from_bytes(credentials[at : at + 4], "little") for at in (0, 4))
@@ -192,10 +218,11 @@ def _remove_stale(path: str) -> None:
             raise UsageError(f"--socket-path: {path} is in use by another process")
 
 
-def _raise_file_limit() -> None:
-    """A fid is a descriptor: take all that is allowed."""
+def _raise_file_limit() -> int:
+    """A fid is a descriptor: take all that is allowed, and say how many that is."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def _notify(message: str) -> None:
@@ -218,7 +245,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    _raise_file_limit()
+    budget = budget_of(_raise_file_limit(), len(config.exports))
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
     listeners: list[Listener] = []
 
@@ -228,7 +255,7 @@ async def serve(config: Config) -> None:
 
     try:
         for export in config.exports:
-            listeners.append(Listener(export, loop, left))  # noqa: PERF401 - a failing one: finally
+            listeners.append(Listener(export, loop, budget, left))  # noqa: PERF401 - a failing one: finally
         for listener in listeners:
             listener.start()
         _notify("READY=1")

@@ -2,25 +2,24 @@
 
 import os
 
-from ninepd.p9.messages import IO_HEADER, WRITE_HEADER
+from ninepd.p9.messages import HEADER_SIZE, IO_HEADER, WRITE_HEADER
+from ninepd.syscalls import GETATTR_BODY, copy, view
 from ninepd.vring import Vring
 
 
 class ChainPayload:
     """Data moves between a file and the guest's pages. One for each slot, used again and again."""
 
-    __slots__ = ("available", "head", "room", "vring")
+    __slots__ = ("available", "body", "head", "room", "vring")
 
     def __init__(self, vring: Vring, head: int) -> None:
         self.vring = vring
         self.head = head
         self.room = 0
+        """Set, like ``available``, by whoever takes the next request of the slot."""
         self.available = 0
-
-    def expect(self, readable: int, writable: int) -> None:
-        """The slot holds a new request with so many bytes to read and to write."""
-        self.room = max(writable - IO_HEADER, 0)
-        self.available = max(readable - WRITE_HEADER, 0)
+        start = head * vring.reply_stride
+        self.body = view(vring.replies[start + HEADER_SIZE : start + vring.reply_stride])
 
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         return self.vring.readv(self.head, IO_HEADER + skip, fd, count, offset, flags)
@@ -42,13 +41,14 @@ class PrivatePayload:
     ``data`` is the request's data, copied before; ``reply`` is the reply's, to be copied after.
     """
 
-    __slots__ = ("available", "data", "reply", "room")
+    __slots__ = ("available", "body", "data", "reply", "room")
 
     def __init__(self, data: bytes, room: int) -> None:
         self.data = data
         self.available = len(data)
         self.room = room
         self.reply = b""
+        self.body = view(bytearray(GETATTR_BODY))
 
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         buffer = bytearray(count)
@@ -61,6 +61,11 @@ class PrivatePayload:
 
     def put(self, data: bytes) -> None:
         self.reply = data
+
+    def deliver(self, slot: ChainPayload) -> None:
+        """Copy what the reply consists of into guest memory and the slot's buffer."""
+        slot.put(self.reply)
+        copy(self.body, slot.body, GETATTR_BODY)
 
     def take(self, count: int) -> bytes:
         return self.data[:count]

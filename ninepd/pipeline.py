@@ -24,10 +24,11 @@ from typing import Any, Final, NamedTuple
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.fs.fid import Fid
-from ninepd.fs.ops import FID_FIELDS, HANDLERS, Handler
+from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Reply, Server, waits
 from ninepd.p9.messages import (
+    CODEC_OF,
     CODECS,
     HEADER,
     HEADER_SIZE,
@@ -35,14 +36,16 @@ from ninepd.p9.messages import (
     NUMBERS,
     WITH_DATA,
     WRITE_HEADER,
+    Rerror,
+    RerrorPlain,
     Rflush,
-    Rlerror,
     Tflush,
     Tversion,
     Twalk,
     Twrite,
     encode,
 )
+from ninepd.p9.session import Dialect
 from ninepd.payload import ChainPayload, PrivatePayload
 from ninepd.vring import DONE, REQUEST, Vring
 
@@ -54,6 +57,8 @@ GRACE_SECONDS: Final = 1.0
 """How long a ring that is told to stop waits for work that is out (vhost-user.md 3.6)."""
 HEADER_LIMITS: Final = {NUMBERS[Twrite]: WRITE_HEADER}
 """How much of a request is copied out of guest memory, where that is not all of it."""
+ERRORS: Final = frozenset({Rerror, RerrorPlain})
+"""Errors in words, which are cut to what room there is. An Rlerror always fits."""
 RLERROR_SIZE: Final = HEADER_SIZE + 4
 _RWALK_FIXED: Final = 9
 _QID_SIZE: Final = 13
@@ -73,21 +78,26 @@ class Route(NamedTuple):
     """What its reply takes at least: checked first, so that nothing is done in vain."""
 
 
-def _route(message: type[Any]) -> Route:
+def _route(message: type[Any], handler: Handler | None) -> Route:
     codec = CODECS[NUMBERS[message]]
     answer = CODECS.get(codec.number + 1)
     size = RLERROR_SIZE if answer is None else max(RLERROR_SIZE, HEADER_SIZE + answer.size)
-    handler = HANDLERS.get(message)
-    return Route(message, codec.decode, handler, FID_FIELDS.get(message, ()), size)
+    return Route(message, codec.decode, handler, fid_fields(message), size)
 
 
-ROUTES: Final = {NUMBERS[message]: _route(message) for message in (*HANDLERS, Tversion, Tflush)}
+ROUTES: Final[dict[Dialect, dict[int, Route]]] = {
+    dialect: {
+        NUMBERS[message]: _route(message, handler)
+        for message, handler in {**handlers, Tversion: None, Tflush: None}.items()
+    }
+    for dialect, handlers in HANDLERS.items()
+}
 
 
 class Job:
     """A request that is out: on a worker, or done there and not yet answered."""
 
-    __slots__ = ("fids", "flushes", "head", "in_guest_memory", "payload", "reply", "tag")
+    __slots__ = ("fids", "flushes", "head", "in_guest_memory", "payload", "pinned", "reply", "tag")
 
     def __init__(
         self,
@@ -106,6 +116,22 @@ class Job:
         self.flushes: list[tuple[int, int]] = []
         """(head, tag) of each Tflush that waits for it."""
         self.reply: Reply = None
+        self.pinned = [holder for fid in fids for holder in fid.holders()]
+
+    def pin(self) -> None:
+        """Its fids and their descriptors stay until ``unpin``."""
+        for fid in self.fids:
+            fid.users += 1
+        for holder in self.pinned:
+            holder.pins += 1
+
+    def unpin(self) -> list[Fid]:
+        """Returns the fids that were clunked meanwhile and have no other user."""
+        for holder in self.pinned:
+            holder.pins -= 1
+        for fid in self.fids:
+            fid.users -= 1
+        return [fid for fid in self.fids if fid.doomed and not fid.users]
 
 
 class Pipeline:
@@ -126,6 +152,8 @@ class Pipeline:
         segments = max(num, _SEGMENTS) if indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
+        self._tracing = trace.isEnabledFor(logging.DEBUG)
+        self._budget = server.tree.handles.budget
         self._jobs: dict[int, Job] = {}
         self._completed: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._waiting_versions: list[tuple[int, int, Tversion]] = []
@@ -228,41 +256,47 @@ class Pipeline:
         start = head * self._vring.header_stride
         size, number, tag = HEADER.unpack_from(self._vring.headers, start)
         payload = self._payloads[head]
-        payload.expect(readable, writable)
+        payload.room = writable - IO_HEADER
+        payload.available = readable - WRITE_HEADER
         try:
+            if self._budget.crowded:
+                self._budget.make_room()
             if fault:
                 raise ProtocolError("a buffer lies outside guest memory", fault)
             route, message = self._begin(start, size, number, readable, copied, writable)
-            if trace.isEnabledFor(logging.DEBUG):
+            if self._tracing:
                 trace.debug("%s: tag %d %s", self._name, tag, message)
             if tag in self._jobs:
                 raise ProtocolError(f"tag {tag} is in use")
             if route.handler is None:
                 self._session_message(head, tag, message)
                 return
-            fids = [
-                fid
-                for field in route.fid_fields
-                if (fid := self._server.session.fids.get(message[field])) is not None
-            ]
-            if any(map(waits, fids)):
-                data = payload.take(message.nbytes) if route.message is Twrite else b""
-                private = PrivatePayload(data, payload.room)
-                work = partial(route.handler, self._server, message, private)
-                self._hand_over(Job(head, tag, fids, private, False), work)
-                return
+            if self._server.tree.handles.remote:
+                fids = self._fids(route, message)
+                if any(map(waits, fids)):
+                    data = payload.take(message.nbytes) if route.message is Twrite else b""
+                    private = PrivatePayload(data, payload.room)
+                    work = partial(route.handler, self._server, message, private)
+                    self._hand_over(Job(head, tag, fids, private, False), work)
+                    return
             reply = route.handler(self._server, message, payload)
             if type(reply) is Later:
+                fids = self._fids(route, message)
                 self._hand_over(Job(head, tag, fids, payload, reply.in_guest_memory), reply.work)
                 return
         except OSError as error:
-            reply = Rlerror(to_errno(error))
-            if trace.isEnabledFor(logging.DEBUG):
+            reply = self._error(to_errno(error))
+            if self._tracing:
                 trace.debug("%s: tag %d because: %s", self._name, tag, error)
         except Exception:
             log.exception("%s: a bug made this request fail: message type %d", self._name, number)
-            reply = Rlerror(errno.EIO)
+            reply = self._error(errno.EIO)
         self._finish(head, tag, reply)
+
+    def _fids(self, route: Route, message: Any) -> list[Fid]:
+        numbers = [message[field] for field in route.fid_fields]
+        fids = self._server.session.fids
+        return [fids[number] for number in numbers if number in fids]
 
     def _begin(
         self, start: int, size: int, number: int, readable: int, copied: int, writable: int
@@ -270,7 +304,8 @@ class Pipeline:
         """The message, if it is one that may be served: else ProtocolError."""
         if not HEADER_SIZE <= size <= readable:
             raise ProtocolError(f"the size field says {size}, {readable} bytes came")
-        route = ROUTES.get(number)
+        session = self._server.session
+        route = ROUTES[session.dialect].get(number)
         if route is None:
             raise ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
         if writable < route.reply_size:
@@ -278,13 +313,16 @@ class Pipeline:
         if copied < size and route.message is not Twrite:
             raise ProtocolError("the message is too long", errno.ENAMETOOLONG)
         message = route.decode(self._vring.headers, start + HEADER_SIZE, start + min(size, copied))
-        if not self._server.session.msize and route.message is not Tversion:
+        if not session.msize and route.message is not Tversion:
             raise ProtocolError("no Tversion came before")
         if route.message is Twalk and writable < _RWALK_FIXED + _QID_SIZE * len(message.names):
             raise ProtocolError("the reply does not fit", errno.EMSGSIZE)
         if route.message is Twrite and message.nbytes > size - WRITE_HEADER:
             raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} bytes of data")
         return route, message
+
+    def _error(self, code: int) -> Reply:
+        return self._server.session.error(code)
 
     def _session_message(self, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
@@ -304,12 +342,11 @@ class Pipeline:
         try:
             reply = self._server.version(message, self._msize_limit)
         except OSError as error:
-            reply = Rlerror(to_errno(error))
+            reply = self._error(to_errno(error))
         self._finish(head, tag, reply)
 
     def _hand_over(self, job: Job, work: Callable[[], Reply]) -> None:
-        for fid in job.fids:
-            fid.users += 1
+        job.pin()
         self._jobs[job.tag] = job
         self._workers.submit(self._work, job, work)
 
@@ -321,10 +358,10 @@ class Pipeline:
                 reply = reply.work()
             job.reply = reply
         except OSError as error:
-            job.reply = Rlerror(to_errno(error))
+            job.reply = self._error(to_errno(error))
         except Exception:
             log.exception("%s: a bug made a request fail", self._name)
-            job.reply = Rlerror(errno.EIO)
+            job.reply = self._error(errno.EIO)
         with self._close_lock:
             if self._closed:
                 self._unpin(job)
@@ -333,16 +370,14 @@ class Pipeline:
                 self._vring.wake()
 
     def _unpin(self, job: Job) -> None:
-        for fid in job.fids:
-            fid.users -= 1
-            if fid.doomed and not fid.users:
-                self._server.release(fid)
+        for fid in job.unpin():
+            self._server.release(fid)
 
     def _complete(self, job: Job) -> None:
         del self._jobs[job.tag]
         self._unpin(job)
-        if isinstance(job.payload, PrivatePayload) and job.payload.reply:
-            self._payloads[job.head].put(job.payload.reply)
+        if isinstance(job.payload, PrivatePayload):
+            job.payload.deliver(self._payloads[job.head])
         self._finish(job.head, job.tag, job.reply)
         for head, tag in job.flushes:
             self._finish(head, tag, Rflush())
@@ -353,23 +388,43 @@ class Pipeline:
 
     def _finish(self, head: int, tag: int, reply: Reply) -> None:
         """Encode a reply into the slot; one that does not fit becomes an error."""
-        if trace.isEnabledFor(logging.DEBUG):
+        if self._tracing:
             trace.debug("%s: tag %d %s", self._name, tag, reply)
-        if type(reply) is Encoded:
-            data = HEADER.pack(HEADER_SIZE + len(reply.body), reply.number, tag) + reply.body
-        else:
-            data = encode(tag, reply)
-        used = len(data) + reply.nbytes if type(reply) in WITH_DATA else len(data)
         vring = self._vring
-        if used > self._payloads[head].room + IO_HEADER:
-            self._finish(head, tag, Rlerror(errno.EMSGSIZE))
+        kind = type(reply)
+        start = head * vring.reply_stride
+        room = self._payloads[head].room + IO_HEADER
+        if kind is Encoded:
+            # Its space was checked beforehand, like that of all replies of a fixed size.
+            size = HEADER_SIZE + reply.size
+            HEADER.pack_into(vring.replies, start, size, reply.number, tag)
+            self._push(head, size, size)
+            return
+        codec = CODEC_OF[kind]
+        if codec.place is not None:
+            copy = used = HEADER_SIZE + codec.size
+            if kind in WITH_DATA:
+                used += reply.nbytes
+            codec.place(vring.replies, start, used, tag, reply)
+            self._push(head, copy, used)
+            return
+        data = encode(tag, reply)
+        if len(data) > room:
+            self._finish_too_long(head, tag, reply, len(data) - room)
         elif len(data) <= vring.reply_stride:
-            start = head * vring.reply_stride
             vring.replies[start : start + len(data)] = data
-            self._push(head, len(data), used)
+            self._push(head, len(data), len(data))
         else:
             vring.scatter(head, 0, data)
-            self._push(head, 0, used)
+            self._push(head, 0, len(data))
+
+    def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
+        if type(reply) not in ERRORS:
+            self._finish(head, tag, self._error(errno.EMSGSIZE))
+        elif reply.ename:
+            self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
+        else:
+            self._push(head, 0, 0)
 
 
 def _prepare_thread() -> None:

@@ -17,6 +17,7 @@ UTIME_OMIT: Final = (1 << 30) - 2
 GETATTR_BODY: Final = 153
 
 _UNMAPPED: Final = 1
+_HANDLE_MAX: Final = 132
 _STAT: Final = Struct("=6Q7I4x")
 _STATFS: Final = Struct("=9Q")
 
@@ -34,9 +35,11 @@ class Stat(NamedTuple):
     nlink: int
     uid: int
     gid: int
-    blksize: int
     version: int
     generation: int
+    """Tells two files apart that had the same inode number one after the other."""
+    has_generation: bool
+    """Is it the file system's own? Else it is a guess, or absent."""
 
 
 class Statfs(NamedTuple):
@@ -55,11 +58,19 @@ class Statfs(NamedTuple):
 
 class _Lib(Protocol):
     def nd_walk(self, dirfd: int, name: bytes, out: Any) -> int: ...
-    def nd_stat_at(self, dirfd: int, name: bytes, out: Any) -> int: ...
+    def nd_stat_at(self, dirfd: int, name: bytes, identify: bool, out: Any) -> int: ...
     def nd_open_scoped(self, dirfd: int, name: bytes, flags: int) -> int: ...
     def nd_open_parent(self, dirfd: int) -> int: ...
     def nd_getattr(
-        self, fd: int, devices: Any, count: int, has_path: bool, path: int, body: Any
+        self,
+        fd: int,
+        devices: Any,
+        count: int,
+        has_path: bool,
+        path: int,
+        has_generation: bool,
+        generation: int,
+        body: Any,
     ) -> int: ...
     def nd_readdir(
         self, fd: int, offset: int, at_root: bool, devices: Any, count: int, out: Any, size: int
@@ -78,12 +89,23 @@ class _Lib(Protocol):
         self, fd: int, atime_sec: int, atime_nsec: int, mtime_sec: int, mtime_nsec: int
     ) -> int: ...
     def nd_fstatfs(self, fd: int, out: Any) -> int: ...
+    def nd_file_handle(self, fd: int, out: Any) -> int: ...
+    def nd_open_by_handle(self, mount_fd: int, handle: bytes, size: int, flags: int) -> int: ...
     def nd_keep_capabilities(self) -> int: ...
 
 
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 _new: Final = _ffi.new
+view: Final = _ffi.from_buffer
+"""C's view of a writable buffer of Python."""
+
+
+def copy(source: Any, target: Any, size: int) -> None:
+    """Copy bytes from one such view to another."""
+    _ffi.memmove(target, source, size)
+
+
 _buffer: Final = _ffi.buffer
 
 
@@ -120,14 +142,21 @@ def walk(dirfd: int, name: bytes) -> tuple[int, Stat]:
 
 
 def stat(fd: int) -> Stat:
-    """Attributes of what ``fd`` holds; O_PATH descriptors are fine."""
-    return stat_at(fd, b"")
+    """Attributes of what ``fd`` holds, its generation included; O_PATH descriptors are fine."""
+    return _stat(fd, b"", True)
 
 
 def stat_at(dirfd: int, name: bytes) -> Stat:
-    """Attributes of a name in a directory, the link itself if it is one."""
+    """Attributes of a name in a directory, the link itself if it is one; no generation.
+
+    An empty name is ``dirfd`` itself.
+    """
+    return _stat(dirfd, name, False)
+
+
+def _stat(dirfd: int, name: bytes, identify: bool) -> Stat:
     out = _new("nd_stat *")
-    _checked(_lib.nd_stat_at(dirfd, name, out))
+    _checked(_lib.nd_stat_at(dirfd, name, identify, out))
     return Stat._make(_STAT.unpack(_buffer(out)))
 
 
@@ -141,21 +170,22 @@ def open_parent(dirfd: int) -> int:
     return _checked(_lib.nd_open_parent(dirfd))
 
 
-def getattr_body(fd: int, devices: QidDevices) -> bytes | None:
-    """The body of an Rgetattr (9P2000.L) of what ``fd`` holds.
+def getattr_body(
+    fd: int, devices: QidDevices, has_generation: bool, generation: int, body: Any
+) -> bool:
+    """Write the body of an Rgetattr (9P2000.L) of what ``fd`` holds, GETATTR_BODY bytes.
 
-    None if the table has no qid.path for it; then use ``getattr_body_as``.
+    False if the table has no qid.path for it; then use ``getattr_body_as``.
     """
-    body = _new("uint8_t[]", GETATTR_BODY)
-    result = _checked(_lib.nd_getattr(fd, devices.array, devices.count, False, 0, body))
-    return None if result == _UNMAPPED else _buffer(body)[:]
+    result = _lib.nd_getattr(
+        fd, devices.array, devices.count, False, 0, has_generation, generation, body
+    )
+    return _checked(result) != _UNMAPPED
 
 
-def getattr_body_as(fd: int, path: int) -> bytes:
+def getattr_body_as(fd: int, path: int, has_generation: bool, generation: int, body: Any) -> None:
     """The same with a given qid.path."""
-    body = _new("uint8_t[]", GETATTR_BODY)
-    _checked(_lib.nd_getattr(fd, _ffi.NULL, 0, True, path, body))
-    return cast("bytes", _buffer(body)[:])
+    _checked(_lib.nd_getattr(fd, _ffi.NULL, 0, True, path, has_generation, generation, body))
 
 
 def readdir(fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
@@ -218,6 +248,21 @@ def fstatfs(fd: int) -> Statfs:
     out = _new("nd_statfs *")
     _checked(_lib.nd_fstatfs(fd, out))
     return Statfs._make(_STATFS.unpack(_buffer(out)))
+
+
+def file_handle(fd: int) -> bytes:
+    """The kernel's name for the inode, its generation included; EOPNOTSUPP if it has none."""
+    out = _new("uint8_t[]", _HANDLE_MAX)
+    size = _checked(_lib.nd_file_handle(fd, out))
+    return cast("bytes", _buffer(out)[0:size])
+
+
+def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
+    """Open what ``handle`` names on the mount of ``mount_fd``; ESTALE if it is gone.
+
+    Needs CAP_DAC_READ_SEARCH. ``mount_fd`` must not be an O_PATH descriptor.
+    """
+    return _checked(_lib.nd_open_by_handle(mount_fd, handle, len(handle), flags))
 
 
 def keep_capabilities() -> None:

@@ -18,6 +18,7 @@ from ninepd.p9.messages import (
     NOFID,
     NOTAG,
     Qid,
+    Rerror,
     Rgetattr,
     Rlerror,
     Rread,
@@ -143,7 +144,12 @@ class Daemon:
 
 
 class P9Error(OSError):
-    """An Rlerror."""
+    """An Rlerror, or the Rerror of an old dialect."""
+
+    def __init__(self, reply: Rlerror | Rerror, message: object) -> None:
+        code = reply.ecode if isinstance(reply, Rlerror) else reply.errno
+        super().__init__(code, f"{message} -> {os.strerror(code)}")
+        self.reply = reply
 
 
 class Client:
@@ -237,8 +243,8 @@ class Client:
         answered, reply = decode(raw)
         assert answered == tag
         assert int.from_bytes(raw[:4], "little") == len(raw)
-        if isinstance(reply, Rlerror):
-            raise P9Error(reply.ecode, f"{message} -> {os.strerror(reply.ecode)}")
+        if isinstance(reply, Rlerror | Rerror):
+            raise P9Error(reply, message)
         rest = raw[11:] if isinstance(reply, Rread | Rreaddir) else b""
         if isinstance(reply, Rread | Rreaddir):
             assert reply.nbytes == len(rest)

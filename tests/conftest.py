@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,10 @@ def as_root() -> None:
     """For tests of what only a privileged daemon can do."""
     if os.geteuid():
         pytest.skip("needs root")
+
+
+@pytest.fixture
+def memory_dir() -> Iterator[Path]:
+    """A directory on tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)

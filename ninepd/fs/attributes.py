@@ -5,7 +5,7 @@ import os
 import stat as st
 
 from ninepd import syscalls
-from ninepd.fs.fid import OpenFile
+from ninepd.fs.handles import Opened
 from ninepd.fs.server import Encoded, Payload, Reply, Server
 from ninepd.p9.messages import (
     NUMBERS,
@@ -19,19 +19,20 @@ from ninepd.p9.messages import (
 )
 from ninepd.syscalls import NO_ID, UTIME_NOW, UTIME_OMIT
 
-_RGETATTR = NUMBERS[Rgetattr]
+_ENCODED = Encoded(NUMBERS[Rgetattr], syscalls.GETATTR_BODY)
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 
 
-def getattr(server: Server, message: Tgetattr, _payload: Payload) -> Reply:  # noqa: A001
+def getattr(server: Server, message: Tgetattr, payload: Payload) -> Reply:  # noqa: A001
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
     handle = server.file(message.fid).handle
     qids = server.tree.qids
-    body = syscalls.getattr_body(handle.fd, qids.devices)
-    if body is None:
-        body = syscalls.getattr_body_as(handle.fd, qids.path(server.tree.stat(handle)))
-    return Encoded(_RGETATTR, body)
+    generation = handle.has_generation, handle.generation
+    if not syscalls.getattr_body(handle.fd, qids.devices, *generation, payload.body):
+        path = qids.path(server.tree.stat(handle))
+        syscalls.getattr_body_as(handle.fd, path, *generation, payload.body)
+    return _ENCODED
 
 
 def _time(valid: int, changes: int, explicit: int, sec: int, nsec: int) -> tuple[int, int]:
@@ -69,7 +70,7 @@ def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # n
         if message.size >> 63:
             raise OSError(errno.EINVAL, "no file can be that large")
         # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
-        if isinstance(fid.opened, OpenFile) and fid.opened.writable:
+        if isinstance(fid.opened, Opened) and fid.opened.writable:
             os.ftruncate(fid.opened.fd, message.size)
         else:
             os.truncate(handle.path, message.size)

@@ -1,33 +1,9 @@
 """A fid: a handle on an inode and, once opened, what it was opened as."""
 
-import os
 from dataclasses import dataclass, field
 
-from ninepd.fs.tree import Handle
-
-
-@dataclass(slots=True)
-class OpenFile:
-    """A regular file open for I/O."""
-
-    fd: int
-    flags: int
-    """Host flags it was opened with."""
-
-    @property
-    def writable(self) -> bool:
-        return self.flags & os.O_ACCMODE != os.O_RDONLY
-
-    @property
-    def synchronous(self) -> bool:
-        return bool(self.flags & (os.O_SYNC | os.O_DSYNC))
-
-
-@dataclass(slots=True)
-class OpenDirectory:
-    """A directory open for reading entries."""
-
-    fd: int
+from ninepd.fs.descriptors import Holder
+from ninepd.fs.handles import Handle, Opened
 
 
 @dataclass(slots=True)
@@ -48,21 +24,41 @@ class XattrWriter:
 
 
 class Fid:
-    """State of one fid. ``parent`` and ``name`` are only a hint at where the file was found.
+    """State of one fid.
 
     ``users`` counts requests that run outside the device thread and use this fid: as long as there
     are any, a clunk leaves the descriptors open and marks the fid ``doomed``.
     """
 
-    __slots__ = ("doomed", "handle", "name", "opened", "parent", "uid", "users")
+    __slots__ = (
+        "doomed",
+        "handle",
+        "opened",
+        "place",
+        "read_offset",
+        "read_position",
+        "uid",
+        "users",
+    )
 
-    def __init__(self, handle: Handle, uid: int, parent: Handle | None, name: bytes) -> None:
-        """Takes over one reference to ``handle`` and, if given, one to ``parent``."""
+    def __init__(self, handle: Handle, uid: int, place: tuple[Handle, bytes] | None) -> None:
+        """Takes over one reference to ``handle`` and one to the directory in ``place``."""
         self.handle = handle
         self.uid = uid
         """n_uname of the attach it descends from: the owner of what is created through it."""
-        self.parent = parent
-        self.name = name
-        self.opened: OpenFile | OpenDirectory | XattrValue | XattrWriter | None = None
+        self.place = place
+        """Directory and name it was found at: a hint, which may no longer be true."""
+        self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users = 0
         self.doomed = False
+        self.read_offset = self.read_position = 0
+        """How far an old client has read a directory: in bytes, and where that is on the host."""
+
+    def holders(self) -> list[Holder]:
+        """What keeps the descriptors that a request on this fid may use."""
+        holders: list[Holder] = [self.handle]
+        if isinstance(self.opened, Opened):
+            holders.append(self.opened)
+        if self.place is not None:
+            holders.append(self.place[0])
+        return holders

@@ -12,10 +12,11 @@ from typing import Final
 
 from ninepd import syscalls
 from ninepd.fs import xattrs
-from ninepd.fs.fid import Fid, OpenDirectory, OpenFile, XattrValue, XattrWriter
+from ninepd.fs.fid import Fid, XattrValue, XattrWriter
+from ninepd.fs.handles import Opened, Storage
 from ninepd.fs.locks import Owner
 from ninepd.fs.server import Later, Payload, Reply, Server
-from ninepd.fs.tree import Storage, check_name
+from ninepd.fs.tree import check_name
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
     LOCK_FLAG_RECLAIM,
@@ -69,21 +70,15 @@ def host_flags(server: Server, flags: int) -> int:
     return host
 
 
-def _open(server: Server, fid: Fid, flags: int) -> None:
-    if fid.handle.is_directory:
-        if flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
-            raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
-        fid.opened = OpenDirectory(server.tree.reopen(fid.handle, os.O_RDONLY))
-    else:
-        fid.opened = OpenFile(server.tree.reopen(fid.handle, flags), flags)
-
-
 def lopen(server: Server, message: Tlopen, _payload: Payload) -> Reply:
     """Open the fid; a failed open leaves it as it was."""
     fid = server.unopened(message.fid)
-    _open(server, fid, host_flags(server, message.flags))
-    iounit = 0 if fid.handle.is_directory else server.iounit()
-    return Rlopen(server.qid_of(fid.handle), iounit)
+    flags = host_flags(server, message.flags)
+    is_directory = fid.handle.is_directory
+    if is_directory and flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
+        raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
+    fid.opened = server.tree.open(fid.handle, flags)
+    return Rlopen(server.tree.qid(fid.handle), 0 if is_directory else server.iounit())
 
 
 def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
@@ -110,25 +105,30 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
-            fd = tree.reopen(handle, flags)
+            file = tree.open(handle, flags)
         except OSError:
-            tree.release(handle)
+            tree.handles.release(handle)
             raise
     else:
-        handle, stat = tree.adopt_open(fd)
-    hint, fid.parent = fid.parent, directory
-    fid.handle, fid.name = handle, message.name
-    fid.opened = OpenFile(fd, flags)
-    if hint is not None:
-        tree.release(hint)
+        handle, stat, file = tree.adopt_created(fd, flags, directory, message.name)
+    old, fid.place = fid.place, (directory, message.name)
+    fid.handle, fid.opened = handle, file
+    if old is not None:
+        tree.handles.release(old[0])
     return Rlcreate(tree.qids.qid(stat), server.iounit())
 
 
-def _open_file(fid: Fid) -> OpenFile:
-    if not isinstance(fid.opened, OpenFile):
-        code = errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EBADF
-        raise OSError(code, "the fid is not open for file I/O")
+def opened(fid: Fid) -> Opened:
+    """What a fid is open as; EBADF if it is not open, or is an extended attribute."""
+    if not isinstance(fid.opened, Opened):
+        raise OSError(errno.EBADF, "the fid is not open")
     return fid.opened
+
+
+def _open_file(fid: Fid) -> Opened:
+    if fid.handle.is_directory and fid.opened is not None:
+        raise IsADirectoryError(errno.EISDIR, "the fid is a directory")
+    return opened(fid)
 
 
 def _check_offset(offset: int, count: int) -> None:
@@ -202,19 +202,20 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
 def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
     """Entries behind the one that had cookie ``offset``; none means the end."""
     fid = server.fid(message.fid)
-    if not isinstance(fid.opened, OpenDirectory):
-        raise OSError(errno.EBADF, "the fid is not open as a directory")
+    directory = opened(fid)
+    if not fid.handle.is_directory:
+        raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
     _check_offset(message.offset, 0)
     size = min(message.nbytes, payload.room, READDIR_MAX)
     tree = server.tree
     at_root = fid.handle is tree.root
     try:
-        data = syscalls.readdir(fid.opened.fd, message.offset, at_root, tree.qids.devices, size)
+        data = syscalls.readdir(directory.fd, message.offset, at_root, tree.qids.devices, size)
     except OSError as error:
         if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
             data = b""
         elif error.errno == errno.EDOM:
-            data = _readdir_slowly(server, fid, fid.opened.fd, message.offset, size)
+            data = _readdir_slowly(server, fid, directory.fd, message.offset, size)
         else:
             raise
     payload.put(data)
@@ -231,6 +232,8 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
             stat = syscalls.stat_at(fd, b"" if itself else name)
         except FileNotFoundError:
             continue
+        if not tree.shows(stat):
+            continue
         kind = st.S_IFMT(stat.mode) >> 12
         entry = QID.pack(*tree.qids.qid(stat)) + position.to_bytes(8, "little")
         entry += bytes((kind,)) + len(name).to_bytes(2, "little") + name
@@ -245,9 +248,7 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
 def fsync(server: Server, message: Tfsync, _payload: Payload) -> Reply:
     """On a worker, always. Directories too."""
     fid = server.fid(message.fid)
-    if not isinstance(fid.opened, OpenFile | OpenDirectory):
-        raise OSError(errno.EBADF, "the fid is not open")
-    return Later(partial(_flush, fid.opened.fd, bool(message.datasync)), in_guest_memory=False)
+    return Later(partial(_flush, opened(fid).fd, bool(message.datasync)), in_guest_memory=False)
 
 
 def _flush(fd: int, data_only: bool) -> Reply:

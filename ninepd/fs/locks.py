@@ -17,7 +17,8 @@ import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ninepd.fs.tree import Handle, Tree
+from ninepd.fs.handles import Handle
+from ninepd.fs.tree import Tree
 from ninepd.p9.messages import LockType
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class LockTable:
             if error.errno not in {errno.EROFS, errno.EACCES, errno.EISDIR, errno.ETXTBSY}:
                 raise
             fd = self._tree.reopen(handle, os.O_RDONLY)
-        inode = _Inode(self._tree.share(handle), fd)
+        inode = _Inode(self._tree.handles.share(handle), fd)
         self._inodes[handle] = inode
         return inode
 
@@ -142,7 +143,7 @@ class LockTable:
         if not inode.ranges:
             del self._inodes[inode.handle]
             os.close(inode.fd)
-            self._tree.release(inode.handle)
+            self._tree.handles.release(inode.handle)
 
     def _replace(self, inode: _Inode, ranges: list[Range]) -> None:
         self._count += len(ranges) - len(inode.ranges)

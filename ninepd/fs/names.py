@@ -11,8 +11,9 @@ import stat as st
 
 from ninepd import syscalls
 from ninepd.fs.fid import Fid
+from ninepd.fs.handles import Handle
 from ninepd.fs.server import Payload, Reply, Server
-from ninepd.fs.tree import Handle, check_name
+from ninepd.fs.tree import check_name
 from ninepd.p9.messages import (
     UNLINK_REMOVEDIR,
     Qid,
@@ -106,22 +107,28 @@ def renameat(server: Server, message: Trenameat, _payload: Payload) -> Reply:
     target = server.directory(message.newdirfid)
     check_name(message.oldname, errno.EISDIR)
     check_name(message.newname, errno.EISDIR)
-    os.rename(
-        message.oldname,
-        message.newname,
-        src_dir_fd=source.handle.fd,
-        dst_dir_fd=target.handle.fd,
-    )
+    _rename(server, (source.handle, message.oldname), (target.handle, message.newname))
     return Rrenameat()
+
+
+def _rename(server: Server, old: tuple[Handle, bytes], new: tuple[Handle, bytes]) -> None:
+    handles = server.tree.handles
+    held = handles.before_change(*old)
+    handles.before_change(*new)
+    os.rename(old[1], new[1], src_dir_fd=old[0].fd, dst_dir_fd=new[0].fd)
+    handles.moved(held, *new)
 
 
 def _place(server: Server, fid: Fid) -> tuple[Handle, bytes]:
     """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown."""
-    if fid.handle is server.tree.root:
+    tree = server.tree
+    if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
-    if fid.parent is None or not server.tree.names(fid.parent, fid.name, fid.handle):
-        raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
-    return fid.parent, fid.name
+    if fid.place is None or not tree.handles.is_at(fid.handle, *fid.place):
+        old, fid.place = fid.place, tree.find(fid.handle)
+        if old is not None:
+            tree.handles.release(old[0])
+    return fid.place
 
 
 def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
@@ -130,16 +137,21 @@ def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
     fid = server.file(message.fid)
     target = server.directory(message.dfid).handle
     check_name(message.name, errno.EISDIR)
-    parent, name = _place(server, fid)
-    os.rename(name, message.name, src_dir_fd=parent.fd, dst_dir_fd=target.fd)
-    old, fid.parent = fid.parent, server.tree.share(target)
-    fid.name = message.name
-    if old is not None:
-        server.tree.release(old)
+    rename_to(server, fid, target, message.name)
     return Rrename()
 
 
-def _remove_name(directory: Handle, name: bytes, is_directory: bool) -> None:
+def rename_to(server: Server, fid: Fid, directory: Handle, name: bytes) -> None:
+    """Give what a fid holds another name; ESTALE if it is not where it was found."""
+    old, new = _place(server, fid), (directory, name)
+    _rename(server, old, new)
+    server.tree.handles.share(directory)
+    fid.place = new
+    server.tree.handles.release(old[0])
+
+
+def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: bool) -> None:
+    server.tree.handles.before_change(directory, name)
     if is_directory:
         os.rmdir(name, dir_fd=directory.fd)
     else:
@@ -153,7 +165,8 @@ def unlinkat(server: Server, message: Tunlinkat, _payload: Payload) -> Reply:
     check_name(message.name, errno.EINVAL if message.name == b"." else errno.ENOTEMPTY)
     if message.flags & ~UNLINK_REMOVEDIR:
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
-    _remove_name(parent.handle, message.name, bool(message.flags & UNLINK_REMOVEDIR))
+    is_directory = bool(message.flags & UNLINK_REMOVEDIR)
+    _remove_name(server, parent.handle, message.name, is_directory)
     return Runlinkat()
 
 
@@ -162,8 +175,7 @@ def remove(server: Server, message: Tremove, _payload: Payload) -> Reply:
     fid = server.session.remove(message.fid)
     try:
         server.refuse_if_readonly()
-        directory, name = _place(server, fid)
-        _remove_name(directory, name, fid.handle.is_directory)
+        _remove_name(server, *_place(server, fid), fid.handle.is_directory)
     finally:
         server.retire(fid)
     return Rremove()

@@ -31,7 +31,9 @@ def _hash(*numbers: int) -> int:
 class QidMap:
     """The numbers of one export. Safe to use from several threads."""
 
-    def __init__(self, root: Stat) -> None:
+    def __init__(self, root: Stat, one_device: bool = False) -> None:
+        """``one_device``: other devices get no index of their own; their numbers may collide."""
+        self._one_device = one_device
         self.devices = QidDevices()
         self._index: dict[int, int] = {}
         self._used: set[int] = set()
@@ -48,6 +50,8 @@ class QidMap:
     def path(self, stat: Stat) -> int:
         """qid.path of a file, a new device being given its index on the way."""
         index = self._index.get(stat.dev)
+        if index is None and self._one_device:
+            return stat.ino
         if index is None or stat.ino >> INODE_BITS:
             return self._slow_path(stat)
         return index << INODE_BITS | stat.ino

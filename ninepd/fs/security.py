@@ -24,13 +24,21 @@ _NEEDED: Final = {
 }
 
 
+CAP_DAC_READ_SEARCH: Final = 2
+
+
 def privileged() -> bool:
     """May this process create files as any user (capabilities(7))?"""
+    return has_capabilities(*_NEEDED.values())
+
+
+def has_capabilities(*bits: int) -> bool:
+    """Does this process have all of them in effect?"""
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("CapEff:"):
                 effective = int(line.split()[1], 16)
-                return all(effective >> bit & 1 for bit in _NEEDED.values())
+                return all(effective >> bit & 1 for bit in bits)
     return False
 
 

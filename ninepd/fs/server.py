@@ -10,16 +10,16 @@ everything on remote ones. Fids are looked up and pinned (``users``) on the devi
 """
 
 import errno
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from ninepd.fs.fid import Fid, OpenDirectory, OpenFile, XattrValue, XattrWriter
+from ninepd.fs.fid import Fid, XattrValue, XattrWriter
+from ninepd.fs.handles import Handle, Opened, Storage
 from ninepd.fs.locks import LockTable
 from ninepd.fs.security import SecurityModel
-from ninepd.fs.tree import Handle, Storage, Tree
-from ninepd.p9.messages import IO_HEADER, Qid, Rversion, Tversion
+from ninepd.fs.tree import Tree
+from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
 
 MAX_XATTR_FIDS: Final = 1024
@@ -39,6 +39,9 @@ class Payload(Protocol):
     def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         """pwritev2 from the request's data after ``skip`` bytes; returns bytes, raises OSError."""
 
+    body: Any
+    """C's view of the buffer for a small reply, behind its header: for ``Encoded``."""
+
     def put(self, data: bytes) -> None:
         """Copy ``data`` to the start of the reply's data."""
 
@@ -47,10 +50,10 @@ class Payload(Protocol):
 
 
 class Encoded(NamedTuple):
-    """A reply whose body C has encoded already."""
+    """A reply whose body C has encoded into ``payload.body``."""
 
     number: int
-    body: bytes
+    size: int
 
 
 class Later(NamedTuple):
@@ -103,16 +106,14 @@ class Server:
     def release(self, fid: Fid) -> None:
         """Close what a fid holds. Its number must be free already."""
         opened, fid.opened = fid.opened, None
-        if isinstance(opened, OpenFile):
+        if isinstance(opened, Opened):
             self.locks.drop(fid)
-            os.close(opened.fd)
-        elif isinstance(opened, OpenDirectory):
-            os.close(opened.fd)
+            opened.close()
         elif opened is not None:
             self.xattr_fids -= 1
-        self.tree.release(fid.handle)
-        if fid.parent is not None:
-            self.tree.release(fid.parent)
+        self.tree.handles.release(fid.handle)
+        if fid.place is not None:
+            self.tree.handles.release(fid.place[0])
 
     def retire(self, fid: Fid) -> None:
         """Release a fid whose number is free, now or when its last user is done."""
@@ -128,11 +129,10 @@ class Server:
         return self.session.get(number)
 
     def add(
-        self, number: int, handle: Handle, uid: int, parent: Handle | None = None, name: bytes = b""
+        self, number: int, handle: Handle, uid: int, place: tuple[Handle, bytes] | None = None
     ) -> Fid:
-        """A new fid on ``handle`` (one reference is taken over); parent gets its own reference."""
-        hint = None if parent is None else self.tree.share(parent)
-        fid = Fid(handle, uid, hint, name)
+        """A new fid; takes over a reference to ``handle`` and one to the directory in ``place``."""
+        fid = Fid(handle, uid, place)
         try:
             self.session.add(number, fid)
         except OSError:
@@ -178,10 +178,6 @@ class Server:
     def iounit(self) -> int:
         """Largest I/O size in whole pages, so that big transfers stay aligned; 0 if below one."""
         return (self.session.msize - IO_HEADER - 13) & ~4095
-
-    def qid_of(self, handle: Handle) -> Qid:
-        """The qid of what a handle holds, as it is now."""
-        return self.tree.qids.qid(self.tree.stat(handle))
 
 
 def waits(fid: Fid) -> bool:

@@ -1,50 +1,26 @@
 """The export: every host system call on it, relative to descriptors under one root.
 
-A ``Handle`` is what a fid names: an inode, held by an O_PATH descriptor, so that it stays the same
-file whatever is renamed, replaced or removed on the host. All fids on one inode share one Handle.
-Three things can be done with an O_PATH descriptor: stat it, look names up in it, and go through
-``/proc/self/fd/N`` for the calls that want a path (xattrs, chmod, truncate, link, reopening). That
-magic link ends at the held object itself, even if it is a symbolic link (proc(5); security.md 3).
+Three things can be done with the O_PATH descriptor of a handle: stat it, look names up in it, and
+go through ``/proc/self/fd/N`` for the calls that want a path (xattrs, chmod, truncate, link,
+reopening). That magic link ends at the held object itself, even if it is a symbolic link (proc(5);
+security.md 3).
 """
 
 import errno
 import os
 import stat as st
-import threading
-from enum import Enum, auto
+import sys
 from typing import Final
 
 from ninepd import syscalls
+from ninepd.config import Multidevs
+from ninepd.fs.descriptors import Budget
+from ninepd.fs.handles import Handle, HandleTable, Opened, key_of
 from ninepd.fs.qid import QidMap
+from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
 
 NAME_MAX: Final = 255
-
-_MEMORY_TYPES: Final = frozenset({0x01021994, 0x858458F6, 0x958458F6})
-_REMOTE_TYPES: Final = frozenset(
-    {
-        0x65735546,  # FUSE
-        0x6969,  # NFS
-        0xFF534D42,  # CIFS
-        0xFE534D42,  # SMB2
-        0x00C36400,  # Ceph
-        0x01021997,  # 9P
-        0x5346414F,  # AFS
-        0x47504653,  # GPFS
-        0x0BD00BD0,  # Lustre
-    }
-)
-
-
-class Storage(Enum):
-    """How long a file system may keep a system call waiting (f_type of statfs(2))."""
-
-    MEMORY = auto()
-    """Never: tmpfs, ramfs, hugetlbfs."""
-    LOCAL = auto()
-    """As long as a disk takes, and only for data that is not cached."""
-    REMOTE = auto()
-    """Any time, in any call: network and user-space file systems."""
 
 
 def check_name(name: bytes, dots: int = errno.EEXIST) -> None:
@@ -63,103 +39,35 @@ def check_name(name: bytes, dots: int = errno.EEXIST) -> None:
         raise OSError(errno.ENAMETOOLONG, f"a name has at most {NAME_MAX} bytes")
 
 
-class Handle:
-    """One inode of the export, pinned. Reference-counted by ``Tree``; not made elsewhere."""
-
-    __slots__ = ("fd", "key", "kind", "refs", "storage")
-
-    def __init__(self, fd: int, key: tuple[int, int, int], kind: int, storage: Storage) -> None:
-        self.fd = fd
-        self.key = key
-        self.kind = kind
-        """S_IFMT bits; an inode never changes them."""
-        self.storage = storage
-        self.refs = 1
-
-    @property
-    def path(self) -> str:
-        """Names the held object in calls that take a path and follow links."""
-        return f"/proc/self/fd/{self.fd}"
-
-    @property
-    def is_directory(self) -> bool:
-        return self.kind == st.S_IFDIR
-
-    @property
-    def is_symlink(self) -> bool:
-        return self.kind == st.S_IFLNK
-
-
-def _key(stat: Stat) -> tuple[int, int, int]:
-    # The mount belongs to it: one inode may be seen through a writable and a read-only mount.
-    return stat.mnt_id, stat.dev, stat.ino
-
-
 class Tree:
     """A directory of the host and everything below it. Safe to use from several threads."""
 
-    def __init__(self, root: str) -> None:
-        """Hold ``root``; raises OSError if it is missing, no directory, or may not be searched."""
-        self._lock = threading.Lock()
-        self._handles: dict[tuple[int, int, int], Handle] = {}
-        self._storage: dict[int, Storage] = {}
+    def __init__(
+        self,
+        root: str,
+        *,
+        budget: int = sys.maxsize,
+        by_handle: bool = False,
+        multidevs: Multidevs = Multidevs.REMAP,
+    ) -> None:
+        """Hold ``root``; raises OSError if it is missing, no directory, or may not be searched.
+
+        ``budget`` is how many descriptors may be open for fids. ``by_handle``: what is put aside
+        is found again by file handle, which needs CAP_DAC_READ_SEARCH.
+        """
         fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stat = syscalls.stat(fd)
-        self.qids = QidMap(stat)
-        self.root = self._adopt(fd, stat)
+        self.handles = HandleTable(Budget(budget), by_handle, multidevs)
+        self.qids = QidMap(stat, one_device=multidevs is not Multidevs.REMAP)
+        self._forbids = multidevs is Multidevs.FORBID
+        self.root = self.handles.adopt(fd, stat)
+        self.root.pins = 1
 
     def close(self) -> None:
         """Let the root go; handles still held by fids must have been released."""
-        self.release(self.root)
+        self.handles.release(self.root)
 
-    # Handles
-
-    def _adopt(self, fd: int, stat: Stat) -> Handle:
-        """The Handle of a fresh O_PATH descriptor: the one there is, or a new one."""
-        key = _key(stat)
-        with self._lock:
-            handle = self._handles.get(key)
-            if handle is not None:
-                handle.refs += 1
-            else:
-                storage = self._storage.get(stat.dev) or self._learn_storage(fd, stat.dev)
-                handle = Handle(fd, key, st.S_IFMT(stat.mode), storage)
-                self._handles[key] = handle
-                return handle
-        os.close(fd)
-        return handle
-
-    def _learn_storage(self, fd: int, dev: int) -> Storage:
-        kind = syscalls.fstatfs(fd).type
-        storage = Storage.LOCAL
-        if kind in _MEMORY_TYPES:
-            storage = Storage.MEMORY
-        elif kind in _REMOTE_TYPES:
-            storage = Storage.REMOTE
-        self._storage[dev] = storage
-        return storage
-
-    def share(self, handle: Handle) -> Handle:
-        """Another reference to the same handle."""
-        with self._lock:
-            handle.refs += 1
-        return handle
-
-    def release(self, handle: Handle) -> None:
-        """Give a reference back; the last one closes the descriptor."""
-        with self._lock:
-            handle.refs -= 1
-            if handle.refs:
-                return
-            del self._handles[handle.key]
-        os.close(handle.fd)
-
-    @property
-    def handles(self) -> int:
-        """How many inodes are pinned, the root included."""
-        return len(self._handles)
-
-    # Looking up
+    # Looking
 
     def walk(self, directory: Handle, name: bytes) -> tuple[Handle, Stat]:
         """Look one name up; a symbolic link is found as itself. ``..`` stays in the export."""
@@ -168,13 +76,10 @@ class Tree:
         if name == b".":
             if not directory.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory")
-            return self.share(directory), syscalls.stat(directory.fd)
+            return self.handles.share(directory), syscalls.stat(directory.fd)
         check_name(name)
         fd, stat = syscalls.walk(directory.fd, name)
-        return self._adopt(fd, stat), stat
-
-    def _is_root(self, stat: Stat) -> bool:
-        return _key(stat) == self.root.key
+        return self.handles.adopt(fd, stat, directory, name), stat
 
     def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
         """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.
@@ -182,26 +87,30 @@ class Tree:
         The host may have moved the directory out of the export while the guest holds it.
         """
         if directory is self.root:
-            return self.share(directory), syscalls.stat(directory.fd)
-        parent = syscalls.open_parent(directory.fd)
+            return self.handles.share(directory), syscalls.stat(directory.fd)
+        parent = self._adopt_below_root(syscalls.open_parent(directory.fd))
+        return parent, syscalls.stat(parent.fd)
+
+    def _adopt_below_root(self, fd: int) -> Handle:
+        """A handle on a directory that was not found by a scoped look-up; ENOENT if outside."""
         try:
-            found = syscalls.stat(parent)
-            if not self._below_root(parent, found):
-                raise FileNotFoundError(errno.ENOENT, "the directory has left the export")
-        except BaseException:
-            os.close(parent)
+            stat = syscalls.stat(fd)
+            if not self._below_root(fd, stat):
+                raise FileNotFoundError(errno.ENOENT, "the directory is not in the export")
+        except OSError:
+            os.close(fd)
             raise
-        return self._adopt(parent, found), found
+        return self.handles.adopt(fd, stat)
 
     def _below_root(self, fd: int, stat: Stat) -> bool:
         climber = os.dup(fd)
         try:
-            while not self._is_root(stat):
+            while key_of(stat) != self.root.key:
                 above = syscalls.open_parent(climber)
                 os.close(climber)
                 climber = above
                 up = syscalls.stat(climber)
-                if _key(up) == _key(stat):  # "/" is its own parent
+                if key_of(up) == key_of(stat):  # "/" is its own parent
                     return False
                 stat = up
             return True
@@ -213,17 +122,41 @@ class Tree:
         """Attributes of what a handle holds, as they are now."""
         return syscalls.stat(handle.fd)
 
-    def names(self, directory: Handle, name: bytes, handle: Handle) -> bool:
-        """Does ``name`` in ``directory`` still name what ``handle`` holds?"""
+    def qid(self, handle: Handle) -> Qid:
+        """The qid of what a handle holds, as it is now."""
+        return self.qids.qid(syscalls.stat_at(handle.fd, b""))
+
+    def shows(self, stat: Stat) -> bool:
+        """May a directory list this file? With multidevs=forbid only what a walk would find."""
+        return not self._forbids or stat.dev == self.root.key[1]
+
+    def find(self, handle: Handle) -> tuple[Handle, bytes]:
+        """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
+
+        The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).
+        It is used only if it leads, inside the export, to the file itself. The directory's
+        reference is the caller's.
+        """
+        directory, _, name = os.readlink(os.fsencode(handle.path)).rpartition(b"/")
         try:
-            return _key(syscalls.stat_at(directory.fd, name)) == handle.key
-        except FileNotFoundError:
-            return False
+            fd = os.open(directory or b"/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            parent = self._adopt_below_root(fd)
+        except OSError:
+            raise OSError(errno.ESTALE, "the file has no name in the export") from None
+        if not self.handles.is_at(handle, parent, name):
+            self.handles.release(parent)
+            raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
+        return parent, name
 
     # Opening
 
+    def open(self, handle: Handle, flags: int) -> Opened:
+        """Open the held file or directory for I/O; EMFILE if no descriptor can be spared."""
+        self.handles.budget.check()
+        return Opened(handle, self.reopen(handle, flags), flags, self.reopen)
+
     def reopen(self, handle: Handle, flags: int) -> int:
-        """Open the held file or directory for reading or writing; the caller owns the descriptor.
+        """Open the held file or directory; the caller owns the descriptor.
 
         FIFOs, sockets and devices are refused with ENXIO before anything is opened: the guest's
         kernel serves those itself, and opening one here could block or act on the host.
@@ -235,7 +168,6 @@ class Tree:
         flags |= os.O_CLOEXEC | os.O_NOCTTY
         if handle.is_directory:
             return syscalls.open_scoped(handle.fd, b".", flags | os.O_DIRECTORY)
-
         try:
             fd = self._open_file(handle, flags)
         except PermissionError:
@@ -253,12 +185,15 @@ class Tree:
         os.set_blocking(fd, True)
         return fd
 
-    def adopt_open(self, fd: int) -> tuple[Handle, Stat]:
-        """The Handle of a file that was just created and is open as ``fd``, which stays open."""
-        path_fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+    def adopt_created(
+        self, fd: int, flags: int, directory: Handle, name: bytes
+    ) -> tuple[Handle, Stat, Opened]:
+        """The handle of a file that was just created and is open as ``fd``, which is taken over."""
         try:
+            path_fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
             stat = syscalls.stat(path_fd)
+            handle = self.handles.adopt(path_fd, stat, directory, name)
         except OSError:
-            os.close(path_fd)
+            os.close(fd)
             raise
-        return self._adopt(path_fd, stat), stat
+        return handle, stat, Opened(handle, fd, flags, self.reopen)

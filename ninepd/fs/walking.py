@@ -6,6 +6,7 @@ from ninepd.fs.fid import XattrWriter
 from ninepd.fs.server import Payload, Reply, Server
 from ninepd.fs.xattrs import commit
 from ninepd.p9.messages import (
+    NO_ID,
     NOFID,
     Qid,
     Rattach,
@@ -16,6 +17,7 @@ from ninepd.p9.messages import (
     Tclunk,
     Twalk,
 )
+from ninepd.p9.session import Dialect
 
 
 def auth(_server: Server, _message: Tauth, _payload: Payload) -> Reply:
@@ -31,18 +33,21 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     server.session.check_free(message.fid)
     if message.afid != NOFID:
         raise OSError(errno.EINVAL, "there is no authentication fid")
-    tree = server.tree
-    handle = tree.share(tree.root)
+    tree, handles = server.tree, server.tree.handles
+    handle = handles.share(tree.root)
     try:
         for name in filter(None, message.aname.split(b"/")):
             below, _ = tree.walk(handle, name)
-            tree.release(handle)
+            handles.release(handle)
             handle = below
-        qid = server.qid_of(handle)
+        qid = tree.qid(handle)
     except OSError:
-        tree.release(handle)
+        handles.release(handle)
         raise
-    server.add(message.fid, handle, message.n_uname)
+    uid = message.n_uname
+    if server.session.dialect is Dialect.PLAIN and message.uname.isdigit():
+        uid = min(int(message.uname), NO_ID)
+    server.add(message.fid, handle, uid)
     return Rattach(qid)
 
 
@@ -57,34 +62,33 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         server.session.check_free(message.newfid)
     elif start.opened is not None:
         raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
-    tree = server.tree
-    handle, parent, last = tree.share(start.handle), start.parent, start.name
-    parent = None if parent is None else tree.share(parent)
+    tree, handles = server.tree, server.tree.handles
+    handle, place = handles.share(start.handle), start.place
+    if place is not None:
+        handles.share(place[0])
     qids: list[Qid] = []
     try:
         for name in message.names:
             found, stat = tree.walk(handle, name)
-            if parent is not None:
-                tree.release(parent)
+            if place is not None:
+                handles.release(place[0])
             # Behind "." and ".." the hint is wrong, and whoever uses it will find that out.
-            parent, handle, last = handle, found, name
+            handle, place = found, (handle, name)
             qids.append(tree.qids.qid(stat))
-    except OSError:
-        if not qids:
-            raise
-        return Rwalk(tuple(qids))
-    else:
         if replaces:
             start.handle, handle = handle, start.handle
-            start.parent, parent = parent, start.parent
-            start.name = last
+            start.place, place = place, start.place
         else:
-            server.add(message.newfid, tree.share(handle), start.uid, parent, last)
-        return Rwalk(tuple(qids))
+            kept, place = place, None
+            server.add(message.newfid, handles.share(handle), start.uid, kept)
+    except OSError:
+        if not qids or len(qids) == len(message.names):
+            raise
     finally:
-        tree.release(handle)
-        if parent is not None:
-            tree.release(parent)
+        handles.release(handle)
+        if place is not None:
+            handles.release(place[0])
+    return Rwalk(tuple(qids))
 
 
 def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:

@@ -9,9 +9,9 @@ import os
 from typing import Final
 
 from ninepd.fs.fid import XattrValue, XattrWriter
+from ninepd.fs.handles import Handle
 from ninepd.fs.security import ACLS
 from ninepd.fs.server import Payload, Reply, Server
-from ninepd.fs.tree import Handle
 from ninepd.p9.messages import (
     XATTR_CREATE,
     XATTR_REPLACE,
@@ -51,7 +51,7 @@ def xattrwalk(server: Server, message: Txattrwalk, _payload: Payload) -> Reply:
         names = map(os.fsencode, os.listxattr(path))
         value = b"".join(name + b"\0" for name in names if server.model.allows_xattr(name))
     server.count_xattr_fid()
-    reader = server.add(message.newfid, server.tree.share(fid.handle), fid.uid)
+    reader = server.add(message.newfid, server.tree.handles.share(fid.handle), fid.uid)
     reader.opened = XattrValue(value)
     return Rxattrwalk(len(value))
 

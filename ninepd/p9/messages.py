@@ -1,4 +1,4 @@
-"""Every 9P2000.L message, in wire order, and the codec that is made from that order.
+"""Every message of 9P2000.L, 9P2000.u and 9P2000, in wire order, with a codec made from that.
 
 A message is its declaration: a ``NamedTuple`` whose fields stand in the order of the wire and carry
 their wire type. ``decode`` and ``encode`` are built once from the annotations, so there is no
@@ -46,8 +46,6 @@ NOFID: Final = 0xFFFFFFFF
 NO_ID: Final = 0xFFFFFFFF
 """n_uname, uid or gid that stands for "none given"."""
 MAX_WALK: Final = 16
-MIN_MSIZE: Final = 4096
-"""Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
 IO_HEADER: Final = 11
 """Bytes before the data of an Rread or Rreaddir: header and count[4]."""
 WRITE_HEADER: Final = 23
@@ -378,6 +376,63 @@ class Runlinkat(NamedTuple):
     pass
 
 
+class Rerror(NamedTuple):
+    """9P2000.u: what went wrong in words and as an errno."""
+
+    ename: String
+    errno: U32 = 0
+
+
+class RerrorPlain(NamedTuple):
+    """9P2000: in words only."""
+
+    ename: String
+
+
+class Topen(NamedTuple):
+    fid: U32
+    mode: U8
+
+
+class Ropen(NamedTuple):
+    qid: Qid
+    iounit: U32
+
+
+class Tcreate(NamedTuple):
+    """``extension`` is 9P2000.u's: the target of a link, or numbers of a device."""
+
+    fid: U32
+    name: String
+    perm: U32
+    mode: U8
+    extension: String = b""
+
+
+class Rcreate(NamedTuple):
+    qid: Qid
+    iounit: U32
+
+
+class Tstat(NamedTuple):
+    fid: U32
+
+
+class Rstat(NamedTuple):
+    """``stat`` is encoded by p9/stat.py."""
+
+    stat: String
+
+
+class Twstat(NamedTuple):
+    fid: U32
+    stat: String
+
+
+class Rwstat(NamedTuple):
+    pass
+
+
 class Tversion(NamedTuple):
     msize: U32
     version: String
@@ -389,18 +444,22 @@ class Rversion(NamedTuple):
 
 
 class Tauth(NamedTuple):
+    """Plain 9P2000 has no ``n_uname``."""
+
     afid: U32
     uname: String
     aname: String
-    n_uname: U32
+    n_uname: U32 = NO_ID
 
 
 class Tattach(NamedTuple):
+    """Plain 9P2000 has no ``n_uname``."""
+
     fid: U32
     afid: U32
     uname: String
     aname: String
-    n_uname: U32
+    n_uname: U32 = NO_ID
 
 
 class Rattach(NamedTuple):
@@ -522,6 +581,15 @@ NUMBERS: Final[dict[type[Any], int]] = {
     Rclunk: 121,
     Tremove: 122,
     Rremove: 123,
+    Rerror: 107,
+    Topen: 112,
+    Ropen: 113,
+    Tcreate: 114,
+    Rcreate: 115,
+    Tstat: 124,
+    Rstat: 125,
+    Twstat: 126,
+    Rwstat: 127,
 }
 """Message class to its type number (include/net/9p/9p.h, enum p9_msg_t)."""
 
@@ -540,10 +608,13 @@ class Codec(NamedTuple):
     """(buffer, start of the body, end of the message) to a message; raises ProtocolError."""
     encode: Callable[[Any], bytes]
     """A message to the bytes of its body."""
+    place: Callable[[memoryview, int, int, int, Any], None] | None
+    """(buffer, position, size, tag, message): writes it there with its header, where no field
+    varies in length; then ``size`` is known beforehand."""
 
 
-def _fixed(message: type[Any], layout: str, has_qid: bool) -> tuple[Any, Any]:
-    """Codec of a body without strings: one Struct call, the qid (if any) folded in."""
+def _fixed(message: type[Any], number: int, layout: str, qid: int | None) -> tuple[Any, Any, Any]:
+    """Codec of a body without strings: one Struct call. ``qid`` is the position of one."""
     fields = Struct("<" + layout)
     unpack_from, pack, size, make = fields.unpack_from, fields.pack, fields.size, message._make
     required = Struct("<" + layout[: len(layout) - len(message._field_defaults)])
@@ -554,20 +625,22 @@ def _fixed(message: type[Any], layout: str, has_qid: bool) -> tuple[Any, Any]:
                 return message(*required.unpack_from(buffer, start))
             raise ProtocolError(f"{message.__name__} is {size - (end - start)} bytes short")
         values = unpack_from(buffer, start)
-        if has_qid:
-            at = message._fields.index("qid")
-            values = (*values[:at], Qid._make(values[at : at + 3]), *values[at + 3 :])
+        if qid is not None:
+            values = (*values[:qid], Qid._make(values[qid : qid + 3]), *values[qid + 3 :])
         return make(values)
 
-    def encode(value: Any) -> bytes:
-        if not has_qid:
-            return pack(*value)
-        flat: list[int] = []
-        for item in value:
-            flat.extend(item if type(item) is Qid else (item,))
-        return pack(*flat)
+    def flat(value: Any) -> Any:
+        return value if qid is None else (*value[:qid], *value[qid], *value[qid + 1 :])
 
-    return decode, encode
+    def encode(value: Any) -> bytes:
+        return pack(*flat(value))
+
+    pack_into = Struct(HEADER.format + layout).pack_into
+
+    def place(buffer: memoryview, at: int, size: int, tag: int, value: Any) -> None:
+        pack_into(buffer, at, size, number, tag, *flat(value))
+
+    return decode, encode, place
 
 
 def _string(buffer: Buffer, at: int, end: int) -> tuple[bytes, int]:
@@ -637,11 +710,15 @@ def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
             run = ""
         if kind:
             steps.append((None, *_VARIABLE[kind], 1))
-    make = message._make
+    required = len(kinds) - len(message._field_defaults)
 
     def decode(buffer: Buffer, start: int, end: int) -> Any:
+        # Bytes, because slices of a memoryview cost twice as much.
+        buffer, start, end = bytes(buffer[start:end]), 0, end - start
         values: list[Any] = []
         for fields, read, _, _ in steps:
+            if start == end and len(values) == required:
+                break
             if fields is None:
                 value, start = read(buffer, start, end)
                 values.append(value)
@@ -651,7 +728,7 @@ def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
                 raise ProtocolError(f"{message.__name__} is cut short")
             values += fields.unpack_from(buffer, start)
             start = stop
-        return make(values)
+        return message(*values)
 
     def encode(value: Any) -> bytes:
         parts: list[bytes] = []
@@ -672,16 +749,21 @@ def _codec(message: type[Any], number: int) -> Codec:
     kinds = ["BIQ" if hint is Qid else hint.__metadata__[0] for hint in hints.values()]
     if any(kind in _VARIABLE for kind in kinds):
         decode, encode = _variable(message, kinds)
+        place = None
     else:
-        decode, encode = _fixed(message, "".join(kinds), Qid in hints.values())
+        qid = kinds.index("BIQ") if "BIQ" in kinds else None
+        decode, encode, place = _fixed(message, number, "".join(kinds), qid)
     size = sum(2 if kind in _VARIABLE else Struct("<" + kind).size for kind in kinds)
-    return Codec(message, number, size, decode, encode)
+    return Codec(message, number, size, decode, encode, place)
 
 
-CODECS: Final[dict[int, Codec]] = {
-    number: _codec(message, number) for message, number in NUMBERS.items()
+CODEC_OF: Final[dict[type[Any], Codec]] = {
+    message: _codec(message, number) for message, number in NUMBERS.items()
 }
+"""Message class to codec."""
+CODECS: Final[dict[int, Codec]] = {codec.number: codec for codec in CODEC_OF.values()}
 """Type number to codec, for both directions."""
+CODEC_OF[RerrorPlain] = _codec(RerrorPlain, NUMBERS[Rerror])
 
 
 def decode(buffer: Buffer) -> tuple[int, Any]:
@@ -703,9 +785,9 @@ def decode(buffer: Buffer) -> tuple[int, Any]:
 
 def encode(tag: int, message: Any) -> bytes:
     """The bytes of one message. Data of a reply in WITH_DATA is counted but not included."""
-    number = NUMBERS[type(message)]
-    body = CODECS[number].encode(message)
+    codec = CODEC_OF[type(message)]
+    body = codec.encode(message)
     size = HEADER_SIZE + len(body)
     if type(message) in WITH_DATA:
         size += message.nbytes
-    return HEADER.pack(size, number, tag) + body
+    return HEADER.pack(size, codec.number, tag) + body

@@ -1,17 +1,37 @@
-"""What one 9P session remembers: msize, the fid table, and the requests that are not answered yet.
+"""What one 9P session remembers: dialect, msize, and the fid table.
 
 No I/O here. ``F`` is whatever the file system keeps for a fid.
 """
 
 import errno
+import os
+from enum import Enum
 from typing import Final, Generic, TypeVar
 
-from ninepd.p9.messages import MIN_MSIZE, NOFID, Rversion, Tversion
+from ninepd.config import MIN_MSIZE
+from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
 
 F = TypeVar("F")
 
-VERSION: Final = b"9P2000.L"
-MAX_FIDS: Final = 262_144
+MAX_FIDS: Final = 1 << 20
+_ENAME_MAX: Final = 126
+"""Linux gives an error 139 bytes at the least (9p.md 1.8)."""
+
+
+class Dialect(Enum):
+    """The versions of 9P that are spoken."""
+
+    L = b"9P2000.L"
+    U = b"9P2000.u"
+    PLAIN = b"9P2000"
+
+
+def _dialect(version: bytes) -> Dialect | None:
+    for dialect in Dialect:
+        if version == dialect.value:
+            return dialect
+    # An extension that is not known falls back to the plain protocol (version(5)).
+    return Dialect.PLAIN if version.startswith(b"9P2000.") else None
 
 
 class Session(Generic[F]):
@@ -19,21 +39,31 @@ class Session(Generic[F]):
 
     def __init__(self) -> None:
         self.msize = 0
+        self.dialect = Dialect.L
         self.fids: dict[int, F] = {}
 
     def negotiate(self, request: Tversion, msize_max: int) -> Rversion:
         """Answer a Tversion; the caller has dropped all fids. EMSGSIZE below 4096 bytes.
 
-        An unknown version is answered "unknown" and leaves no session (version(5)).
+        A version that is not known is answered "unknown" and leaves no session (version(5)).
         """
         self.msize = 0
         if request.msize < MIN_MSIZE:
             raise OSError(errno.EMSGSIZE, f"msize {request.msize} is below {MIN_MSIZE}")
         msize = min(request.msize, msize_max)
-        if request.version != VERSION:
+        dialect = _dialect(request.version)
+        if dialect is None:
             return Rversion(msize, b"unknown")
         self.msize = msize
-        return Rversion(msize, VERSION)
+        self.dialect = dialect
+        return Rversion(msize, dialect.value)
+
+    def error(self, code: int) -> Rlerror | Rerror | RerrorPlain:
+        """The message that tells the client of an errno, in its dialect."""
+        if self.dialect is Dialect.L:
+            return Rlerror(code)
+        words = os.strerror(code).encode()[:_ENAME_MAX]
+        return Rerror(words, code) if self.dialect is Dialect.U else RerrorPlain(words)
 
     def get(self, number: int) -> F:
         """What the client knows as ``number``; ENOENT, as QEMU's server says, if nothing."""
@@ -66,4 +96,5 @@ class Session(Generic[F]):
         fids = list(self.fids.values())
         self.fids.clear()
         self.msize = 0
+        self.dialect = Dialect.L
         return fids

@@ -1,10 +1,7 @@
 """Coming and going: mounts, reboots, crashes, new front ends, and the end of the daemon."""
 
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -64,7 +61,6 @@ def test_two_exports_in_one_guest(
     if daemons == 2:
         start_daemon(socket=sockets[0], export=str(work), tag="work")
         start_daemon("--readonly", socket=sockets[1], export=str(tools), tag="tools")
-        server = None
     else:
         config = tmp_path / "ninepd.toml"
         config.write_text(
@@ -81,9 +77,8 @@ def test_two_exports_in_one_guest(
             readonly = true
             """
         )
-        server = serve_config(config, sockets)
-    try:
-        with boot(front, [Share("work", sockets[0]), Share("tools", sockets[1])]) as guest:
+        start_daemon(config=str(config))
+    with boot(front, [Share("work", sockets[0]), Share("tools", sockets[1])]) as guest:
             guest.mount("work", "/work")
             guest.mount("tools", "/tools")
             assert guest.run("cat /work/file /tools/file").text == "worktools"
@@ -106,25 +101,10 @@ def test_two_exports_in_one_guest(
             guest.umount("/work")
             assert guest.run("cat /tools/file").text == "tools"
             guest.mount("work", "/work")
-    finally:
-        if server is not None:
-            server.terminate()
-            _, log = server.communicate(timeout=10)
-            assert (server.returncode, log) == (0, "")
     assert sorted(path.name for path in tools.iterdir()) == ["file"]
     assert (tools / "file").read_text() == "tools"
     assert (work / "copy").read_text() == "tools"
     assert (work / "file").read_text() == "changed\n"
-
-
-def serve_config(config: Path, sockets: Sequence[str]) -> "subprocess.Popen[str]":
-    server = subprocess.Popen(
-        [sys.executable, "-m", "ninepd", "serve", "--config", str(config)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    eventually(lambda: all(Path(path).exists() for path in sockets), "the daemon listens")
-    return server
 
 
 @pytest.mark.parametrize(
@@ -175,7 +155,7 @@ def test_from_one_kind_of_front_end_to_the_other(start_daemon: StartDaemon, expo
     daemon = start_daemon()
     for number, front in enumerate(("uml", "qemu-7.2", "uml")):
         with boot(front, [Share(TAG, daemon.socket)]) as guest:
-            guest.mount(TAG, cache="loose", msize=512000)
+            guest.mount(TAG, msize=512000)
             check(guest, export, f"file{number}")
 
 
@@ -199,6 +179,5 @@ def test_sigterm_while_the_guest_works(front: str, start_daemon: StartDaemon, ex
         assert daemon.stop() == 0, daemon.log
         assert took < 2, f"{took:.1f} s"
         assert not Path(daemon.socket).exists()
-        assert daemon.log == ""
     finally:
         guest.kill()

@@ -1,0 +1,147 @@
+"""Descriptors as a budget: what is idle is put aside when they run short, and comes back on use.
+
+A ``Holder`` owns one descriptor, or none while it is put aside. Whoever reads ``fd`` gets an open
+one, which stays open at least until the next ``make_room``: that is called only between requests,
+on the thread that serves them. Work on other threads pins the holders it uses.
+
+Which holder goes is decided by second chance: those used since the last look stay (the same policy
+as QEMU's v9fs_reclaim_fd, which however reopens by path).
+"""
+
+import errno
+import os
+import threading
+from abc import abstractmethod
+from collections import OrderedDict
+from typing import Final
+
+RESERVE_MAX: Final = 256
+"""Descriptors kept back for sockets, guest memory, eventfds and what one request needs."""
+
+
+def budget_of(limit: int, exports: int = 1) -> int:
+    """How many of ``limit`` descriptors the fids of each export may keep open."""
+    return (limit - min(RESERVE_MAX, max(limit // 4, 64))) // exports
+
+
+class Holder:
+    """Owner of a descriptor that can be closed and had again. Subclasses know how."""
+
+    __slots__ = ("_budget", "_fd", "pins", "recent")
+
+    def __init__(self, budget: "Budget", fd: int) -> None:
+        """Take over ``fd``."""
+        self._budget = budget
+        self._fd = fd
+        self.pins = 0
+        """Users on other threads, and other reasons not to put it aside."""
+        self.recent = True
+        budget.add(self)
+
+    @property
+    def fd(self) -> int:
+        """The open descriptor. If it has to be opened again: ESTALE if the file is gone."""
+        fd = self._fd
+        if fd < 0:
+            return self._bring_back()
+        self.recent = True
+        return fd
+
+    @property
+    def is_open(self) -> bool:
+        return self._fd >= 0
+
+    def _bring_back(self) -> int:
+        self.give(self._restore())
+        return self._fd
+
+    def give(self, fd: int) -> None:
+        """Take over a descriptor of the same file, if there is none already."""
+        with self._budget.lock:
+            if self._fd >= 0:  # another thread was faster
+                os.close(fd)
+                return
+            self._fd = fd
+            self.recent = True
+            self._budget.resting -= 1
+            self._budget.add(self)
+
+    def rest(self) -> None:
+        """Close until the next use."""
+        self._budget.remove(self)
+        self._budget.resting += 1
+        os.close(self._fd)
+        self._fd = -1
+
+    def discard(self) -> None:
+        """Close for good."""
+        with self._budget.lock:
+            fd, self._fd = self._fd, -1
+            if fd < 0:
+                self._budget.resting -= 1
+                return
+            self._budget.remove(self)
+        os.close(fd)
+
+    @abstractmethod
+    def _restore(self) -> int:
+        """Open the same file again; OSError if that cannot be done."""
+
+    @abstractmethod
+    def may_rest(self) -> bool:
+        """Could ``_restore`` succeed later? Asked just before it is put aside."""
+
+
+class Budget:
+    """The descriptors of one export's fids."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._high = limit - limit // 16
+        self.lock = threading.RLock()
+        self.resting = 0
+        """Holders that are put aside."""
+        self._open: OrderedDict[Holder, None] = OrderedDict()
+        self._calls_to_skip = 0
+
+    @property
+    def used(self) -> int:
+        return len(self._open)
+
+    def add(self, holder: Holder) -> None:
+        with self.lock:
+            self._open[holder] = None
+
+    def remove(self, holder: Holder) -> None:
+        with self.lock:
+            self._open.pop(holder, None)
+
+    @property
+    def crowded(self) -> bool:
+        """Is it time to ``make_room``?"""
+        return len(self._open) >= self._high
+
+    def check(self) -> None:
+        """EMFILE if a new fid may not take another descriptor: nothing idle was left."""
+        if len(self._open) >= self.limit:
+            raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
+
+    def make_room(self) -> None:
+        """Put idle holders aside, so that there is room again. Between requests only."""
+        if self._calls_to_skip:
+            self._calls_to_skip -= 1
+            return
+        wanted = self.limit - self.limit // 8
+        with self.lock:
+            # Each is looked at twice at the most: once to lose its second chance.
+            for _ in range(2 * len(self._open)):
+                if len(self._open) <= wanted:
+                    return
+                holder = next(iter(self._open))
+                self._open.move_to_end(holder)
+                if holder.recent:
+                    holder.recent = False
+                elif not holder.pins and holder.may_rest():
+                    holder.rest()
+            # Nearly all are busy: the next look would find the same, so it can wait a little.
+            self._calls_to_skip = self.limit // 16

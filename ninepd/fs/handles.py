@@ -1,0 +1,393 @@
+"""Handles: the inodes of an export that fids name, each held by one descriptor.
+
+A ``Handle`` is pinned by an O_PATH descriptor, so it stays the same file whatever is renamed,
+replaced or removed on the host. All fids on one inode share one Handle. When descriptors run short
+an idle one is put aside, and the same inode is found again, never another: by its file handle
+(``by_handle``, open_by_handle_at(2)), or by the name it had last, if its file handle is still the
+same. What could not be found again is not put aside: unlinked files, and storage without handles.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import stat as st
+import threading
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Final, TypeAlias
+
+from ninepd import syscalls
+from ninepd.config import Multidevs
+from ninepd.fs.descriptors import Budget, Holder
+from ninepd.syscalls import Stat
+
+log = logging.getLogger(__name__)
+
+_MEMORY_TYPES: Final = frozenset({0x01021994, 0x858458F6, 0x958458F6})
+_REMOTE_TYPES: Final = frozenset(
+    {
+        0x65735546,  # FUSE
+        0x6969,  # NFS
+        0xFF534D42,  # CIFS
+        0xFE534D42,  # SMB2
+        0x00C36400,  # Ceph
+        0x01021997,  # 9P
+        0x5346414F,  # AFS
+        0x47504653,  # GPFS
+        0x0BD00BD0,  # Lustre
+    }
+)
+
+
+class Storage(Enum):
+    """How long a file system may keep a system call waiting (f_type of statfs(2))."""
+
+    MEMORY = auto()
+    """Never: tmpfs, ramfs, hugetlbfs."""
+    LOCAL = auto()
+    """As long as a disk takes, and only for data that is not cached."""
+    REMOTE = auto()
+    """Any time, in any call: network and user-space file systems."""
+
+
+def _storage_of(fd: int) -> Storage:
+    kind = syscalls.fstatfs(fd).type
+    if kind in _MEMORY_TYPES:
+        return Storage.MEMORY
+    return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
+
+
+Key: TypeAlias = tuple[int, int, int]
+"""(mount, device, inode). The mount belongs to it: one inode may be seen through a writable and
+through a read-only mount."""
+
+
+def key_of(stat: Stat) -> Key:
+    return stat.mnt_id, stat.dev, stat.ino
+
+
+class Handle(Holder):
+    """One inode of the export. Reference-counted by ``HandleTable``; not made elsewhere."""
+
+    __slots__ = (
+        "_restorer",
+        "generation",
+        "has_generation",
+        "key",
+        "kind",
+        "opened",
+        "place",
+        "refs",
+        "storage",
+        "token",
+    )
+
+    def __init__(
+        self, budget: Budget, fd: int, stat: Stat, storage: Storage, restorer: "HandleTable"
+    ) -> None:
+        super().__init__(budget, fd)
+        self._restorer = restorer
+        self.key = key_of(stat)
+        self.kind = st.S_IFMT(stat.mode)
+        """S_IFMT bits; an inode never changes them."""
+        self.generation = stat.generation
+        self.has_generation = stat.has_generation
+        self.storage = storage
+        self.refs = 1
+        self.place: tuple[Handle, bytes] | None = None
+        """Where it was found last, if it may have to be found again by name."""
+        self.token = b""
+        """Its file handle while it is put aside."""
+        self.opened: tuple[Holder, ...] = ()
+        """The files that are open on it."""
+
+    @property
+    def path(self) -> str:
+        """Names the held object in calls that take a path and follow links."""
+        return f"/proc/self/fd/{self.fd}"
+
+    @property
+    def is_directory(self) -> bool:
+        return self.kind == st.S_IFDIR
+
+    @property
+    def is_symlink(self) -> bool:
+        return self.kind == st.S_IFLNK
+
+    def may_rest(self) -> bool:
+        return self._restorer.may_rest(self)
+
+    def _restore(self) -> int:
+        return self._restorer.restore(self)
+
+
+class Opened(Holder):
+    """A file or directory that is open for I/O on a handle."""
+
+    __slots__ = ("_reopen", "flags", "handle")
+
+    def __init__(
+        self, handle: Handle, fd: int, flags: int, reopen: Callable[[Handle, int], int]
+    ) -> None:
+        """``reopen`` opens the handle with host flags; ``flags`` are those of ``fd``."""
+        super().__init__(handle._budget, fd)  # noqa: SLF001 - of its own base class
+        self._reopen = reopen
+        self.handle = handle
+        self.flags = flags
+        handle.opened = (*handle.opened, self)
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+    @property
+    def synchronous(self) -> bool:
+        return bool(self.flags & (os.O_SYNC | os.O_DSYNC))
+
+    def close(self) -> None:
+        """Close for good."""
+        self.handle.opened = tuple(other for other in self.handle.opened if other is not self)
+        self.discard()
+
+    def may_rest(self) -> bool:
+        return self.handle._restorer.may_reopen(self.handle)  # noqa: SLF001 - one mechanism
+
+    def _restore(self) -> int:
+        return self._reopen(self.handle, self.flags & ~os.O_TRUNC)
+
+
+class _Mount:
+    """A mount that handles are on; ``fd`` is what open_by_handle_at wants, -1 if that fails."""
+
+    __slots__ = ("fd", "handles")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.handles = 0
+
+
+class HandleTable:
+    """All handles of an export. Safe to use from several threads."""
+
+    def __init__(self, budget: Budget, by_handle: bool, multidevs: Multidevs) -> None:
+        """``by_handle`` needs CAP_DAC_READ_SEARCH."""
+        self.budget = budget
+        self.remote = False
+        """Was any handle on storage that may keep a request waiting?"""
+        self._by_handle = by_handle
+        self._multidevs = multidevs
+        self._lock = threading.Lock()
+        self._handles: dict[Key, Handle] = {}
+        self._storage: dict[int, Storage] = {}
+        self._mounts: dict[int, _Mount] = {}
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def adopt(self, fd: int, stat: Stat, parent: Handle | None = None, name: bytes = b"") -> Handle:
+        """The Handle of a fresh O_PATH descriptor, which is taken over, even by an error.
+
+        ENODEV if it is on a device that may not be reached, EMFILE if no descriptor can be spared.
+        """
+        key = key_of(stat)
+        with self._lock:
+            handle = self._handles.get(key)
+            if handle is not None:
+                if handle.is_open:
+                    handle.refs += 1
+                    os.close(fd)
+                    return handle
+                if self._is_same(handle, fd, stat):
+                    handle.refs += 1
+                    handle.give(fd)
+                    return handle
+                # Its inode number has come to another file while the handle was put aside.
+            try:
+                self.budget.check()
+                handle = Handle(self.budget, fd, stat, self._admit(fd, stat), self)
+            except OSError:
+                os.close(fd)
+                raise
+            self._handles[key] = handle
+            if parent is not None and not self._by_handle:
+                parent.refs += 1
+                handle.place = parent, name
+            if parent is not None and parent.storage is Storage.REMOTE:
+                # It may be in use on a worker, where nothing but this would keep it open.
+                handle.pins = 1
+            if self._by_handle:
+                self._enter_mount(handle)
+            return handle
+
+    def _admit(self, fd: int, stat: Stat) -> Storage:
+        storage = self._storage.get(stat.dev)
+        if storage is not None:
+            return storage
+        if self._storage:  # the first one is the root's
+            if self._multidevs is Multidevs.FORBID:
+                raise OSError(errno.ENODEV, "another device is mounted here (multidevs=forbid)")
+            if self._multidevs is Multidevs.WARN:
+                log.warning(
+                    "another device is mounted below the export: two files may show the guest "
+                    "one inode number (--multidevs warn)"
+                )
+        storage = self._storage[stat.dev] = _storage_of(fd)
+        self.remote |= storage is Storage.REMOTE
+        return storage
+
+    def share(self, handle: Handle) -> Handle:
+        """Another reference to the same handle."""
+        with self._lock:
+            handle.refs += 1
+        return handle
+
+    def release(self, handle: Handle) -> None:
+        """Give a reference back; the last one closes the descriptor."""
+        while True:
+            with self._lock:
+                handle.refs -= 1
+                if handle.refs:
+                    return
+                if self._handles.get(handle.key) is handle:
+                    del self._handles[handle.key]
+                if self._by_handle:
+                    self._leave_mount(handle)
+            handle.discard()
+            if handle.place is None:
+                return
+            # A loop, because the chain of parents may be long.
+            parent, handle.place = handle.place[0], None
+            handle = parent
+
+    # Mounts
+
+    def _enter_mount(self, handle: Handle) -> None:
+        mount = self._mounts.get(handle.key[0])
+        if mount is None:
+            mount = self._mounts[handle.key[0]] = _Mount(_mount_fd(handle))
+        mount.handles += 1
+
+    def _leave_mount(self, handle: Handle) -> None:
+        mount = self._mounts[handle.key[0]]
+        mount.handles -= 1
+        if not mount.handles:
+            # An open descriptor would keep the host from unmounting.
+            del self._mounts[handle.key[0]]
+            if mount.fd >= 0:
+                os.close(mount.fd)
+
+    # Putting aside and finding again
+
+    def may_rest(self, handle: Handle) -> bool:
+        """Can the handle, which is open, be found again if its descriptor is closed now?"""
+        if handle.storage is Storage.REMOTE:
+            return False
+        if any(file.is_open for file in handle.opened):
+            return True
+        try:
+            if not syscalls.stat(handle.fd).nlink:
+                return False
+            handle.token = syscalls.file_handle(handle.fd)
+            if self._by_handle:
+                return self._mounts[handle.key[0]].fd >= 0
+            return handle.place is not None and self.is_at(handle, *handle.place)
+        except OSError:
+            return False
+
+    def may_reopen(self, handle: Handle) -> bool:
+        """Can a file that is open on the handle be opened again later?
+
+        Only by file handle: by name it could be gone by then, and its data with it.
+        """
+        if not self._by_handle or handle.storage is Storage.REMOTE:
+            return False
+        return handle.is_open or bool(handle.token)
+
+    def restore(self, handle: Handle) -> int:
+        """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
+        for file in handle.opened:
+            if file.is_open:
+                return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
+        if self._by_handle:
+            mount_fd = self._mounts[handle.key[0]].fd
+            fd = syscalls.open_by_handle(mount_fd, handle.token, os.O_PATH)
+            return self._verified(handle, fd, syscalls.stat(fd))
+        return self._find_by_name(handle)
+
+    def _find_by_name(self, handle: Handle) -> int:
+        steps: list[tuple[Handle, bytes]] = []
+        start = handle
+        while not start.is_open and not (steps and start.opened):
+            if start.place is None:
+                raise OSError(errno.ESTALE, "the file is gone")
+            steps.append((start, start.place[1]))
+            start = start.place[0]
+        fd = os.dup(start.fd)
+        for step, name in reversed(steps):
+            try:
+                found, stat = syscalls.walk(fd, name)
+            except (FileNotFoundError, NotADirectoryError):
+                raise OSError(errno.ESTALE, "the file no longer has the name it had") from None
+            finally:
+                os.close(fd)
+            fd = self._verified(step, found, stat)
+        return fd
+
+    def _verified(self, handle: Handle, fd: int, stat: Stat) -> int:
+        if not self._is_same(handle, fd, stat):
+            os.close(fd)
+            raise OSError(errno.ESTALE, "another file is in the place of the one that was held")
+        return fd
+
+    @staticmethod
+    def _is_same(handle: Handle, fd: int, stat: Stat) -> bool:
+        return key_of(stat) == handle.key and syscalls.file_handle(fd) == handle.token
+
+    def is_at(self, handle: Handle, directory: Handle, name: bytes) -> bool:
+        """Does ``name`` in ``directory`` name what ``handle`` holds?"""
+        try:
+            return key_of(syscalls.stat_at(directory.fd, name)) == handle.key
+        except FileNotFoundError:
+            return False
+
+    def before_change(self, directory: Handle, name: bytes) -> Handle | None:
+        """The guest is about to unlink or rename ``name``: what is held of it must not be lost.
+
+        Returns the handle on it, if there is one that may have to be found by name later.
+        """
+        if not self.budget.resting:
+            return None
+        try:
+            handle = self._handles.get(key_of(syscalls.stat_at(directory.fd, name)))
+        except FileNotFoundError:
+            return None
+        if handle is not None:
+            # Open it: without links it then stays open. ESTALE: it was lost before.
+            with contextlib.suppress(OSError):
+                _ = handle.fd
+        return handle
+
+    def moved(self, handle: Handle | None, directory: Handle, name: bytes) -> None:
+        """The guest has renamed what ``before_change`` returned."""
+        if handle is not None and handle.place is not None:
+            old = handle.place[0]
+            handle.place = self.share(directory), name
+            self.release(old)
+
+
+def _mount_fd(handle: Handle) -> int:
+    """An ordinary descriptor on the handle's mount, if its files can be opened by handle; or -1."""
+    if not handle.is_directory or handle.storage is Storage.REMOTE:
+        return -1
+    try:
+        fd = syscalls.open_scoped(handle.fd, b".", os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return -1
+    try:
+        os.close(syscalls.open_by_handle(fd, syscalls.file_handle(handle.fd), os.O_PATH))
+    except OSError as error:
+        log.info("handles on mount %d stay open: %s", handle.key[0], error)
+        os.close(fd)
+        return -1
+    return fd

@@ -1,0 +1,290 @@
+"""9P2000.u and 9P2000 for old clients: Topen, Tcreate, Tstat, Twstat, and reading directories.
+
+The other messages are those of 9P2000.L. Names and numbers are as QEMU's server has them; uids
+are numeric in both dialects.
+"""
+
+import errno
+import os
+import stat as st
+from functools import partial
+from typing import Final
+
+from ninepd import syscalls
+from ninepd.fs import attributes, files, names
+from ninepd.fs.fid import Fid
+from ninepd.fs.handles import Handle, Opened
+from ninepd.fs.server import Later, Payload, Reply, Server
+from ninepd.fs.tree import check_name
+from ninepd.p9.messages import (
+    OpenFlag,
+    Rcreate,
+    Ropen,
+    Rread,
+    Rstat,
+    Rwstat,
+    SetattrValid,
+    Tcreate,
+    Tlcreate,
+    Tlink,
+    Tlopen,
+    Tmkdir,
+    Tmknod,
+    Topen,
+    Tread,
+    Tsetattr,
+    Tstat,
+    Tsymlink,
+    Twstat,
+)
+from ninepd.p9.session import Dialect
+from ninepd.p9.stat import (
+    UNTOUCHED_32,
+    UNTOUCHED_64,
+    Mode,
+    Stat,
+    decode_stat,
+    encode_stat,
+)
+from ninepd.syscalls import NO_ID
+
+_KINDS: Final = {
+    st.S_IFDIR: Mode.DIR,
+    st.S_IFLNK: Mode.SYMLINK,
+    st.S_IFBLK: Mode.DEVICE,
+    st.S_IFCHR: Mode.DEVICE,
+    st.S_IFIFO: Mode.PIPE,
+    st.S_IFSOCK: Mode.SOCKET,
+}
+_SPECIAL_BITS: Final = {
+    st.S_ISUID: Mode.SETUID,
+    st.S_ISGID: Mode.SETGID,
+    st.S_ISVTX: Mode.STICKY,
+}
+_OPEN_FLAGS: Final = {0x10: OpenFlag.TRUNC, 0x80: OpenFlag.APPEND}
+"""Bits of the open mode above the access; the others (OCEXEC, ORCLOSE) mean nothing here."""
+_OEXEC: Final = 3
+
+
+def _flags(mode: int) -> int:
+    access = mode & 3
+    flags = 0 if access == _OEXEC else access
+    for bit, flag in _OPEN_FLAGS.items():
+        if mode & bit:
+            flags |= flag
+    return flags
+
+
+def open(server: Server, message: Topen, payload: Payload) -> Reply:  # noqa: A001
+    """Tlopen with the old flags."""
+    reply = files.lopen(server, Tlopen(message.fid, _flags(message.mode)), payload)
+    return Ropen(reply.qid, reply.iounit)
+
+
+def create(server: Server, message: Tcreate, payload: Payload) -> Reply:
+    """Make an object of any kind; the fid moves to it, and is open if it can be."""
+    fid = server.unopened(message.fid)
+    perm, name, here = message.perm, message.name, message.fid
+    mode = _host_mode(perm)
+    if not perm & (Mode.DIR | Mode.SYMLINK | Mode.LINK | Mode.DEVICE | Mode.PIPE | Mode.SOCKET):
+        created = files.lcreate(
+            server,
+            Tlcreate(here, name, _flags(message.mode) | OpenFlag.EXCL, mode, NO_ID),
+            payload,
+        )
+        return Rcreate(created.qid, created.iounit)
+    if perm & Mode.DIR:
+        names.mkdir(server, Tmkdir(here, name, mode, NO_ID), payload)
+    elif perm & Mode.SYMLINK:
+        names.symlink(server, Tsymlink(here, name, message.extension, NO_ID), payload)
+    elif perm & Mode.LINK:
+        source = _number(message.extension)
+        names.link(server, Tlink(here, source, name), payload)
+    else:
+        kind, major, minor = _device(perm, message.extension)
+        names.mknod(server, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload)
+    handle, stat = server.tree.walk(fid.handle, name)
+    _move(server, fid, handle, name)
+    if handle.is_directory:
+        fid.opened = server.tree.open(handle, os.O_RDONLY)
+    return Rcreate(server.tree.qids.qid(stat), 0)
+
+
+def _move(server: Server, fid: Fid, handle: Handle, name: bytes) -> None:
+    old, fid.place = fid.place, (fid.handle, name)
+    fid.handle = handle
+    if old is not None:
+        server.tree.handles.release(old[0])
+
+
+def _number(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise OSError(errno.EINVAL, "the extension is no fid") from None
+
+
+def _device(perm: int, extension: bytes) -> tuple[int, int, int]:
+    if perm & Mode.PIPE:
+        return st.S_IFIFO, 0, 0
+    if perm & Mode.SOCKET:
+        return st.S_IFSOCK, 0, 0
+    try:
+        kind, major, minor = extension.split()
+        return {b"b": st.S_IFBLK, b"c": st.S_IFCHR}[kind], int(major), int(minor)
+    except (ValueError, KeyError):
+        raise OSError(errno.EINVAL, "the extension names no device") from None
+
+
+def _host_mode(mode: int) -> int:
+    host = mode & 0o777
+    for bit, flag in _SPECIAL_BITS.items():
+        if mode & flag:
+            host |= bit
+    return host
+
+
+def _extension(handle_fd: int, host: os.stat_result) -> bytes:
+    if st.S_ISLNK(host.st_mode):
+        return os.readlink(b"", dir_fd=handle_fd)
+    if st.S_ISBLK(host.st_mode) or st.S_ISCHR(host.st_mode):
+        kind = "b" if st.S_ISBLK(host.st_mode) else "c"
+        return f"{kind} {os.major(host.st_rdev)} {os.minor(host.st_rdev)}".encode()
+    if host.st_nlink > 1 and not st.S_ISDIR(host.st_mode):
+        return f"HARDLINKCOUNT {host.st_nlink}".encode()
+    return b""
+
+
+def _describe(server: Server, fd: int, name: bytes) -> bytes:
+    host = os.fstat(fd)
+    mode = int(_KINDS.get(st.S_IFMT(host.st_mode), 0)) | host.st_mode & 0o777
+    for bit, flag in _SPECIAL_BITS.items():
+        if host.st_mode & bit:
+            mode |= flag
+    uid, gid = str(host.st_uid).encode(), str(host.st_gid).encode()
+    stat = Stat(
+        qid=server.tree.qids.qid(syscalls.stat_at(fd, b"")),
+        mode=mode,
+        atime=int(host.st_atime) & UNTOUCHED_32,
+        mtime=int(host.st_mtime) & UNTOUCHED_32,
+        length=0 if st.S_ISDIR(host.st_mode) else host.st_size,
+        name=name,
+        uid=uid,
+        gid=gid,
+        muid=uid,
+        extension=_extension(fd, host),
+        n_uid=host.st_uid,
+        n_gid=host.st_gid,
+        n_muid=host.st_uid,
+    )
+    return encode_stat(stat, server.session.dialect is Dialect.U)
+
+
+def stat(server: Server, message: Tstat, _payload: Payload) -> Reply:
+    """All that an old client can know of a file."""
+    fid = server.file(message.fid)
+    name = b"/" if fid.place is None else fid.place[1]
+    return Rstat(_describe(server, fid.handle.fd, name))
+
+
+def wstat(server: Server, message: Twstat, payload: Payload) -> Reply:
+    """Change what is not left untouched; with nothing to change, flush the file (stat(5))."""
+    server.refuse_if_readonly()
+    fid = server.file(message.fid)
+    new = decode_stat(message.stat, server.session.dialect is Dialect.U)
+    change = _setattr(message.fid, fid.handle, new)
+    if new.name:
+        if fid.place is None:
+            raise OSError(errno.EBUSY, "the root of an export stays where it is")
+        check_name(new.name, errno.EISDIR)
+    if change is None and not new.name:
+        if fid.opened is None:
+            return Rwstat()
+        return Later(partial(_flush, files.opened(fid).fd), in_guest_memory=False)
+    if change is not None:
+        attributes.setattr(server, change, payload)
+    if new.name and fid.place is not None and new.name != fid.place[1]:
+        names.rename_to(server, fid, fid.place[0], new.name)
+    return Rwstat()
+
+
+def _flush(fd: int) -> Reply:
+    os.fsync(fd)
+    return Rwstat()
+
+
+def _setattr(number: int, handle: Handle, new: Stat) -> Tsetattr | None:
+    valid = 0
+    mode = 0
+    if new.mode != UNTOUCHED_32:
+        wanted = new.mode & ~(0o777 | Mode.SETUID | Mode.SETGID | Mode.STICKY)
+        if wanted & ~Mode.LINK != _KINDS.get(handle.kind, 0):
+            raise OSError(errno.EIO, "the kind of a file cannot be changed")
+        valid |= SetattrValid.MODE
+        mode = _host_mode(new.mode)
+    if new.length != UNTOUCHED_64:
+        valid |= SetattrValid.SIZE
+    if new.atime != UNTOUCHED_32:
+        valid |= SetattrValid.ATIME | SetattrValid.ATIME_SET
+    if new.mtime != UNTOUCHED_32:
+        valid |= SetattrValid.MTIME | SetattrValid.MTIME_SET
+    # Plain 9P2000 has its numbers in the strings.
+    uid = int(new.uid) if new.n_uid == NO_ID and new.uid.isdigit() else new.n_uid
+    gid = int(new.gid) if new.n_gid == NO_ID and new.gid.isdigit() else new.n_gid
+    if max(uid, gid) > NO_ID:
+        raise OSError(errno.EINVAL, "that is no user or group")
+    if uid != NO_ID:
+        valid |= SetattrValid.UID
+    if gid != NO_ID:
+        valid |= SetattrValid.GID
+    if not valid:
+        return None
+    return Tsetattr(number, valid, mode, uid, gid, new.length, new.atime, 0, new.mtime, 0)
+
+
+def read(server: Server, message: Tread, payload: Payload) -> Reply:
+    """Tread reads directories too, which 9P2000.L does by Treaddir."""
+    fid = server.fid(message.fid)
+    if isinstance(fid.opened, Opened) and fid.handle.is_directory:
+        return _read_directory(server, fid, message, payload)
+    return files.read(server, message, payload)
+
+
+def _read_directory(server: Server, fid: Fid, message: Tread, payload: Payload) -> Reply:
+    """Whole stat structures. Offset 0 starts again, any other goes on where the last read ended."""
+    position = 0
+    if message.offset:
+        if message.offset != fid.read_offset:
+            raise OSError(errno.EINVAL, "directories are read from the start or onwards")
+        position = fid.read_position
+    room = min(message.nbytes, payload.room, files.READDIR_MAX)
+    out = bytearray()
+    fd = files.opened(fid).fd
+    while entries := syscalls.getdents(fd, position):
+        for after, name in entries:
+            if name not in {b".", b".."}:
+                try:
+                    record = _entry(server, fd, name)
+                except FileNotFoundError:
+                    record = b""  # gone meanwhile
+                if len(out) + len(record) > room:
+                    if not out:
+                        raise OSError(errno.EINVAL, "not even one entry fits")
+                    return _entries(fid, message, payload, out, position)
+                out += record
+            position = after
+    return _entries(fid, message, payload, out, position)
+
+
+def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
+    fd, _ = syscalls.walk(directory_fd, name)
+    try:
+        return _describe(server, fd, name)
+    finally:
+        os.close(fd)
+
+
+def _entries(fid: Fid, message: Tread, payload: Payload, out: bytearray, position: int) -> Reply:
+    fid.read_offset, fid.read_position = message.offset + len(out), position
+    payload.put(bytes(out))
+    return Rread(len(out))
