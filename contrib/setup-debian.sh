@@ -24,7 +24,10 @@ need bc command -v bc
 need bison command -v bison
 need flex command -v flex
 need xz-utils command -v xz
-need cpio command -v cpio
+need binutils command -v ld
+need perl perl -e 'use strict'
+need tar command -v tar
+need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
 need e2fsprogs command -v mkfs.ext4
 need util-linux command -v setpriv
 need ca-certificates test -d /etc/ssl/certs

@@ -137,10 +137,14 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _exports(config_path: str | None, single: dict[str, Any]) -> tuple[config.Export, ...]:
+def _exports(
+    context: click.Context, config_path: str | None, single: dict[str, Any]
+) -> tuple[config.Export, ...]:
     if config_path is not None:
-        if single["export"] is not None or single["tag"] is not None:
-            raise UsageError("--config: give --export and --tag in the file, or no --config")
+        for name in single:
+            if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+                option = name.replace("_", "-")
+                raise UsageError(f"--config: give --{option} in the file, or no --config")
         return config.load(config_path)
     for option in ("export", "tag"):
         if single[option] is None:
@@ -154,9 +158,18 @@ def _exports(config_path: str | None, single: dict[str, Any]) -> tuple[config.Ex
 @click.option("--once", is_flag=True, help="Exit when the first front end has left.")
 @click.option("-v", "--verbose", is_flag=True, help="Log front ends that come and go.")
 @click.option("--trace", is_flag=True, help="Log every message.")
-def serve(config_path: str | None, once: bool, verbose: bool, trace: bool, **single: Any) -> None:
+@click.pass_context
+def serve(
+    context: click.Context,
+    /,
+    config_path: str | None,
+    once: bool,
+    verbose: bool,
+    trace: bool,
+    **single: Any,
+) -> None:
     """Serve a directory to the guests that connect, one at a time."""
-    chosen = config.Config(_exports(config_path, single), once)
+    chosen = config.Config(_exports(context, config_path, single), once)
     _start_logging(verbose, trace)
     uvloop.run(serve_exports(chosen))
     # A worker that hangs on dead storage must not keep the process (Python would join it).

@@ -53,7 +53,7 @@ class Export:
 
     def __post_init__(self) -> None:
         self._check_directory()
-        self._check_tag()
+        check_tag(self.tag)
         self._check_socket()
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
@@ -83,42 +83,62 @@ class Export:
                 "or run ninepd as a user who may"
             )
 
-    def _check_tag(self) -> None:
-        size = len(os.fsencode(self.tag))
-        if not size:
-            raise UsageError("--tag: the tag is empty; guests mount the export by it")
-        if size > TAG_MAX:
-            raise UsageError(f"--tag: {size} bytes are too long, config space holds {TAG_MAX}")
-        if "\0" in self.tag:
-            raise UsageError("--tag: a tag cannot contain a NUL byte")
-
     def _check_socket(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
             raise UsageError("give one of --socket-path and --fd")
         if self.socket_path is not None:
-            size = len(os.fsencode(self.socket_path))
-            if size > SUN_PATH_MAX:
-                raise UsageError(
-                    f"--socket-path: {size} bytes are too long for a socket, "
-                    f"{SUN_PATH_MAX} are allowed"
-                )
+            check_socket_path(self.socket_path)
         elif self.fd is not None:
-            try:
-                is_socket = stat.S_ISSOCK(os.fstat(self.fd).st_mode)
-            except OSError:
-                raise UsageError(f"--fd: descriptor {self.fd} is not open") from None
-            if not is_socket or _domain(self.fd) != socket.AF_UNIX:
-                raise UsageError(f"--fd: descriptor {self.fd} is no unix socket")
+            _check_descriptor(self.fd)
+
+
+def check_tag(tag: str) -> None:
+    """A guest must be able to mount by it, and it must fit into config space."""
+    size = len(os.fsencode(tag))
+    if not size:
+        raise UsageError("--tag: the tag is empty; guests mount the export by it")
+    if size > TAG_MAX:
+        raise UsageError(f"--tag: {size} bytes are too long, config space holds {TAG_MAX}")
+    if "\0" in tag:
+        raise UsageError("--tag: a tag cannot contain a NUL byte")
+
+
+def check_socket_path(path: str) -> None:
+    """It must name a socket in the file system: an abstract one has no owner and no mode."""
+    size = len(os.fsencode(path))
+    if not size or "\0" in path:
+        raise UsageError("--socket-path: this is no path; name a file that is to be the socket")
+    if size > SUN_PATH_MAX:
+        raise UsageError(
+            f"--socket-path: {size} bytes are too long for a socket, {SUN_PATH_MAX} are allowed"
+        )
+
+
+def _check_descriptor(fd: int) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except (OSError, OverflowError):
+        raise UsageError(f"--fd: descriptor {fd} is not open") from None
+    if not is_socket or not _is_usable(fd):
+        raise UsageError(f"--fd: descriptor {fd} is no unix socket that listens or is connected")
+
+
+def _is_usable(fd: int) -> bool:
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            return False
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return True
+        try:
+            sock.getpeername()
+        except OSError:
+            return False
+        return True
 
 
 def _check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
     if value not in set(choices):
         raise UsageError(f"--{option}: {value!r} is unknown; use one of {', '.join(choices)}")
-
-
-def _domain(fd: int) -> int:
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        return sock.family
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,7 @@ def load(path: str) -> tuple[Export, ...]:
             document = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"--config: {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: {path} is not valid TOML: {error}") from None
     tables = document.pop("export", [])
     if document:

@@ -65,18 +65,11 @@ class Listener:
         if fd is not None:
             return socket.socket(fileno=os.dup(fd))
         assert path is not None  # noqa: S101 - Export allows one of the two
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Whoever may connect holds the export: nobody but our own user, unless told otherwise.
-        umask = os.umask(0o177)
+        _refuse_occupied(path)
         try:
-            sock.bind(path)
+            sock = _listen(path)
         except OSError as error:
-            sock.close()
             raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
-        finally:
-            os.umask(umask)
-        sock.listen(_BACKLOG)
         self._bound_path = path
         return sock
 
@@ -110,6 +103,8 @@ class Listener:
         except OSError as error:
             log.warning("%s: a front end could not be accepted: %s", self._export.tag, error)
             return
+        # The last one may have left already, and its farewell lie behind this event.
+        self._readable()
         if self._front_end is not None:
             log.warning(
                 "%s: a second front end (%s) was refused: this socket serves one at a time",
@@ -195,8 +190,32 @@ def _peer(connection: socket.socket) -> str:
     return f"pid {pid}, uid {uid}"
 
 
-def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on; anything else at that path is a UsageError."""
+def _listen(path: str) -> socket.socket:
+    """A listening socket, in the place of what was at the path.
+
+    It gets its name only when it listens, for those who wait for the path to appear.
+    """
+    folder, name = os.path.split(path)
+    folder_fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Whoever may connect holds the export: nobody but our own user, unless told otherwise.
+    umask = os.umask(0o177)
+    try:
+        temporary = f".ninepd-{os.getpid()}"
+        sock.bind(f"/proc/self/fd/{folder_fd}/{temporary}")
+        sock.listen(_BACKLOG)
+        os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(umask)
+        os.close(folder_fd)
+    return sock
+
+
+def _refuse_occupied(path: str) -> None:
+    """UsageError unless there is nothing, or a socket that nobody listens on any more."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -213,7 +232,6 @@ def _remove_stale(path: str) -> None:
         except OSError as error:
             if error.errno != errno.ECONNREFUSED:
                 raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
-            os.unlink(path)
         else:
             raise UsageError(f"--socket-path: {path} is in use by another process")
 

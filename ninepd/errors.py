@@ -6,6 +6,7 @@ options are a ``UsageError``: one line for the user, exit status 2.
 """
 
 import errno
+import os
 
 
 class ProtocolError(OSError):
@@ -40,3 +41,8 @@ def to_errno(error: OSError) -> int:
     if code is None or not 0 < code < 512:
         return errno.EIO
     return code
+
+
+def words_for(code: int) -> bytes:
+    """An errno in words, as 9P2000 and 9P2000.u send it."""
+    return os.strerror(code).encode()

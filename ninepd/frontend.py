@@ -100,7 +100,7 @@ class FrontEnd:
             data, ancillary, flags, _ = self._socket.recvmsg(
                 limit, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
             )
-        except ConnectionError:
+        except (ConnectionError, BrokenPipeError):
             raise EOFError("the front end is gone") from None
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+from ninepd.config import check_socket_path, check_tag
 from ninepd.errors import UsageError
 
 QUEUE_SIZE: Final = 128
@@ -28,7 +29,12 @@ def memory_arguments(memory: str, machine: str) -> list[str]:
 
 
 def device_arguments(socket_path: str, tag: str, index: int = 0, machine: str = "q35") -> list[str]:
-    """One export as a device. Needs QEMU 10.2, where the generic device can be created by users."""
+    """One export as a device. Needs QEMU 10.2, where the generic device can be created by users.
+
+    UsageError for a tag, a path or a machine that cannot be.
+    """
+    check_tag(tag)
+    check_socket_path(socket_path)
     bus_suffix = _BUS_SUFFIX[_machine_type(machine)]
     device = "vhost-user-test-device" + bus_suffix
     chardev = f"socket,id=ninepd{index},path={_escape(socket_path)}"

@@ -401,7 +401,7 @@ def test_qemu_args_refusals(tmp_path: Path) -> None:
     assert "--tag" in refusal("qemu-args", "--socket-path", "/s", "--tag", "")
     config = tmp_path / "c.toml"
     config.write_text(f'[[export]]\nexport = "{tmp_path}"\ntag = "x"\nfd = 0\n')
-    assert "--config" in refusal("qemu-args", "--config", config)
+    assert "--fd" in refusal("qemu-args", "--config", config)
 
 
 def test_demo_of_what_is_no_directory(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     more = {
         "security-model": '"none"',
         "readonly": "true",
+        "multidevs": '"forbid"',
+        "reclaim": '"handles"',
         "msize-max": "8192",
         "poll-us": "0",
     }
@@ -48,6 +50,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         8192,
         0,
     )
+    assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +170,8 @@ def test_export_that_is_no_directory(tmp_path: Path) -> None:
 
 def test_descriptor(export: Path, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "s"))
+        sock.listen()
         assert Export(str(export), "t", fd=sock.fileno()).fd == sock.fileno()
     with socket.socket(socket.AF_INET) as sock, pytest.raises(UsageError, match="no unix socket"):
         Export(str(export), "t", fd=sock.fileno())

@@ -443,7 +443,9 @@ def test_second_front_end_is_refused(daemon: Daemon) -> None:
 def test_front_end_that_leaves_in_the_middle_of_a_message(daemon: Daemon) -> None:
     idle = daemon.idle_descriptors()
     front_end = FakeFrontEnd(daemon.socket)
-    front_end.send_bytes(b"\x01\x00\x00\x00\x01", [front_end.socket.fileno()])
+    stray = os.eventfd(0)
+    front_end.send_bytes(b"\x01\x00\x00\x00\x01", [stray])
+    os.close(stray)
     front_end.close()
     with Client(daemon.socket) as client:
         client.attach()

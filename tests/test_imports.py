@@ -12,13 +12,14 @@ LAYERS: Final = (
     {"cli"},
     {"demo"},
     {"guest"},
+    {"qemu"},
     {"daemon"},
     {"control", "device", "frontend"},
     {"pipeline"},
     {"payload"},
     {"fs"},
     {"vhostuser", "p9"},
-    {"vring", "syscalls", "stats", "config", "qemu"},
+    {"vring", "syscalls", "stats", "config"},
     {"errors", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

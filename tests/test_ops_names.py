@@ -360,20 +360,39 @@ def test_hint_that_is_no_longer_true(client: Client, export: Path, message: Any)
     client.walk(ROOT, 1, b"a", b"b", b"c", b"f")
     path.rename(export / "kept")
     path.write_text("new")
-    assert client.error(message(1)) == "ESTALE"
+    client.rpc(message(1))
     assert path.read_text() == "new"
-    assert (export / "kept").read_text() == "old"
+    assert not (export / "kept").exists()
+    renamed = export / "new"
+    assert not renamed.exists() or renamed.read_text() == "old"
 
 
 @pytest.mark.parametrize(
     "message", [lambda fid: Tremove(fid), lambda fid: Trename(fid, ROOT, b"new")]
 )
-def test_hint_whose_name_is_gone(client: Client, export: Path, message: Any) -> None:
-    (export / "f").write_text("")
+def test_hint_whose_name_is_gone(
+    client: Client, export: Path, tmp_path: Path, message: Any
+) -> None:
+    """Moved out of the export, or removed: there is no name here to act on."""
+    for name in ("f", "g"):
+        (export / name).write_text("")
     client.walk(ROOT, 1, b"f")
-    (export / "f").rename(export / "moved")
+    client.walk(ROOT, 2, b"g")
+    (export / "f").rename(tmp_path / "outside")
+    (export / "g").unlink()
     assert client.error(message(1)) == "ESTALE"
-    assert os.listdir(export) == ["moved"]
+    assert client.error(message(2)) == "ESTALE"
+    assert (tmp_path / "outside").exists()
+    assert os.listdir(export) == []
+
+
+def test_removal_of_a_file_that_the_host_has_moved(client: Client, export: Path) -> None:
+    (export / "a/b").mkdir(parents=True)
+    (export / "d").mkdir()
+    client.walk(ROOT, 1, b"d")
+    (export / "d").rename(export / "a/b/moved")
+    client.rpc(Tremove(1))
+    assert os.listdir(export / "a/b") == []
 
 
 def test_hint_follows_the_parent(client: Client, export: Path) -> None:

@@ -20,6 +20,7 @@ from ninepd.p9.messages import (
 from ninepd.syscalls import NO_ID, UTIME_NOW, UTIME_OMIT
 
 _ENCODED = Encoded(NUMBERS[Rgetattr], syscalls.GETATTR_BODY)
+_KNOWN = sum(SetattrValid)
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 
@@ -50,6 +51,8 @@ def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # n
     server.refuse_if_readonly()
     fid = server.file(message.fid)
     handle, valid = fid.handle, message.valid
+    if valid & ~_KNOWN:
+        raise OSError(errno.EINVAL, f"attributes {valid & ~_KNOWN:#x} are not known")
     if valid & SetattrValid.MODE and handle.is_symlink:
         raise OSError(errno.EOPNOTSUPP, "a symbolic link has no mode of its own")
     atime = _time(

@@ -12,6 +12,7 @@ from typing import Final
 
 from ninepd import syscalls
 from ninepd.fs import xattrs
+from ninepd.fs.cookies import Cookies
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
 from ninepd.fs.handles import Opened, Storage
 from ninepd.fs.locks import Owner
@@ -205,20 +206,23 @@ def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
     directory = opened(fid)
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
-    _check_offset(message.offset, 0)
+    if fid.handle.cookies is None:
+        fid.handle.cookies = Cookies()
+    cookies = fid.handle.cookies
+    offset = cookies.position(message.offset)
     size = min(message.nbytes, payload.room, READDIR_MAX)
     tree = server.tree
     at_root = fid.handle is tree.root
     try:
-        data = syscalls.readdir(directory.fd, message.offset, at_root, tree.qids.devices, size)
+        data = syscalls.readdir(directory.fd, offset, at_root, tree.qids.devices, size)
     except OSError as error:
         if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
             data = b""
         elif error.errno == errno.EDOM:
-            data = _readdir_slowly(server, fid, directory.fd, message.offset, size)
+            data = _readdir_slowly(server, fid, directory.fd, offset, size)
         else:
             raise
-    payload.put(data)
+    payload.put(cookies.shorten(data))
     return Rreaddir(len(data))
 
 

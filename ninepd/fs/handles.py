@@ -19,6 +19,7 @@ from typing import Final, TypeAlias
 
 from ninepd import syscalls
 from ninepd.config import Multidevs
+from ninepd.fs.cookies import Cookies
 from ninepd.fs.descriptors import Budget, Holder
 from ninepd.syscalls import Stat
 
@@ -72,6 +73,7 @@ class Handle(Holder):
 
     __slots__ = (
         "_restorer",
+        "cookies",
         "generation",
         "has_generation",
         "key",
@@ -99,6 +101,8 @@ class Handle(Holder):
         """Where it was found last, if it may have to be found again by name."""
         self.token = b""
         """Its file handle while it is put aside."""
+        self.cookies: Cookies | None = None
+        """Of a directory that was read."""
         self.opened: tuple[Holder, ...] = ()
         """The files that are open on it."""
 

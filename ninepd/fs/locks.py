@@ -150,13 +150,18 @@ class LockTable:
         inode.ranges = ranges
 
     def _set(self, inode: _Inode, new: Range) -> bool:
+        before = inode.ranges
         if new.type != LockType.UNLCK:
             if self._count >= MAX_RANGES:
                 raise OSError(errno.ENOLCK, f"{MAX_RANGES} ranges are locked")
-            if any(_bars(held, new.start, new.end, new.type, new.owner) for held in inode.ranges):
+            if any(_bars(held, new.start, new.end, new.type, new.owner) for held in before):
                 return False
-        before = inode.ranges
-        after = [part for held in before for part in _without(held, new)]
+        after = []
+        for held in before:
+            if held.start < new.end and new.start < held.end and held.owner == new.owner:
+                after += _without(held, new)
+            else:
+                after.append(held)
         if new.type != LockType.UNLCK:
             after.append(new)
         self._replace(inode, after)
@@ -172,11 +177,11 @@ class LockTable:
 
     def _apply(self, inode: _Inode, start: int, end: int) -> None:
         """Make the host's lock on [start, end) the strongest of what the owners hold there."""
+        near = [held for held in inode.ranges if held.start < end and start < held.end]
         cuts = {start, end}
-        for held in inode.ranges:
+        for held in near:
             cuts.update(at for at in (held.start, held.end) if start < at < end)
-        edges = sorted(cuts)
-        wanted = [(low, high, _strongest(inode.ranges, low, high)) for low, high in pairwise(edges)]
+        wanted = [(low, high, _strongest(near, low, high)) for low, high in pairwise(sorted(cuts))]
         # What may fail comes first, so that a refusal leaves as little as possible to take back.
         wanted.sort(key=lambda part: part[2] != LockType.WRLCK)
         for low, high, kind in wanted:
@@ -204,8 +209,6 @@ def _bars(held: Range, start: int, end: int, kind: LockType, owner: Owner) -> bo
 
 def _without(held: Range, new: Range) -> list[Range]:
     """What is left of a range when its owner gets ``new`` (POSIX: the new lock replaces)."""
-    if held.owner != new.owner or held.end <= new.start or new.end <= held.start:
-        return [held]
     parts = []
     if held.start < new.start:
         parts.append(held._replace(end=new.start))

@@ -1,10 +1,13 @@
 """Command lines that boot a guest: QEMU with Debian's kernels, and user-mode Linux."""
 
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ninepd.qemu import device_arguments, memory_arguments
 
 from . import kernels
 from .channel import Channel
@@ -42,18 +45,6 @@ class Virtfs:
     security_model: str = "passthrough"
 
 
-def _share_arguments(shares: Sequence[Share], suffix: str) -> list[str]:
-    arguments = []
-    for number, share in enumerate(shares):
-        chardev = f"socket,id=share{number},path={_escape(share.socket)}"
-        device = (
-            f"vhost-user-test-device{suffix},chardev=share{number},virtio-id={VIRTIO_9P},"
-            f"num_vqs=1,vq_size=128,config_size={2 + len(share.tag.encode())}"
-        )
-        arguments += ["-chardev", chardev, "-device", device]
-    return arguments
-
-
 def _virtfs_arguments(shares: Sequence[Virtfs], suffix: str) -> list[str]:
     arguments = []
     for number, share in enumerate(shares):
@@ -64,6 +55,17 @@ def _virtfs_arguments(shares: Sequence[Virtfs], suffix: str) -> list[str]:
         device = f"virtio-9p{suffix or '-device'},fsdev=virtfs{number},mount_tag={share.tag}"
         arguments += ["-fsdev", fsdev, "-device", device]
     return arguments
+
+
+def _clock(machine: str, accel: str) -> list[str]:
+    """A microvm's only reference clock is the PIT, too coarse on a busy host: the guest, left
+    without ticks, hangs. TCG's time stamp counter is the host's, so its rate can be told.
+    """
+    if not machine.startswith("microvm") or not accel.startswith("tcg"):
+        return []
+    with open("/proc/cpuinfo") as info:
+        rate = re.search(r"^cpu MHz\s*: ([\d.]+)", info.read(), re.MULTILINE)
+    return [f"tsc_early_khz={float(rate[1]) * 1000:.0f}"] if rate else []
 
 
 def _escape(value: str) -> str:
@@ -96,14 +98,14 @@ def boot_qemu(
         arguments += ["-readconfig", readconfig]
     else:
         arguments += [
-            "-object", f"memory-backend-memfd,id=mem,size={memory},share=on", "-m", memory,
-            "-machine", f"{machine},memory-backend=mem",
-            *_share_arguments(shares, suffix),
+            *memory_arguments(memory, machine),
+            *(word for number, share in enumerate(shares)
+              for word in device_arguments(share.socket, share.tag, number, machine)),
         ]  # fmt: skip
     arguments += [
         *_virtfs_arguments(virtfs, suffix),
         "-kernel", linux.image, "-initrd", initramfs(agent(), busybox(), linux.modules),
-        "-append", f"{KERNEL_ARGUMENTS} {append}",
+        "-append", " ".join([KERNEL_ARGUMENTS, *_clock(machine, accel), append]),
         "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
         "-device", f"virtio-serial{suffix or '-device'},max_ports=2",
         "-device", "virtserialport,chardev=agent,nr=1",

@@ -4,11 +4,11 @@ No I/O here. ``F`` is whatever the file system keeps for a fid.
 """
 
 import errno
-import os
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
 from ninepd.config import MIN_MSIZE
+from ninepd.errors import words_for
 from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
 
 F = TypeVar("F")
@@ -62,7 +62,7 @@ class Session(Generic[F]):
         """The message that tells the client of an errno, in its dialect."""
         if self.dialect is Dialect.L:
             return Rlerror(code)
-        words = os.strerror(code).encode()[:_ENAME_MAX]
+        words = words_for(code)[:_ENAME_MAX]
         return Rerror(words, code) if self.dialect is Dialect.U else RerrorPlain(words)
 
     def get(self, number: int) -> F:

@@ -79,28 +79,28 @@ def test_two_exports_in_one_guest(
         )
         start_daemon(config=str(config))
     with boot(front, [Share("work", sockets[0]), Share("tools", sockets[1])]) as guest:
-            guest.mount("work", "/work")
-            guest.mount("tools", "/tools")
-            assert guest.run("cat /work/file /tools/file").text == "worktools"
-            guest.run("cp /tools/file /work/copy && echo changed > /work/file")
-            refusals = (
-                "touch /tools/new",
-                "echo x > /tools/file",
-                "mkdir /tools/dir",
-                "rm /tools/file",
-                "mv /tools/file /tools/other",
-                "ln -s x /tools/link",
-                "ln /tools/file /tools/hard",
-                "chmod 600 /tools/file",
-                "touch -d @0 /tools/file",
-            )
-            for refusal in refusals:
-                result = guest.run(refusal, check=False)
-                assert result.status != 0, refusal
-                assert "Read-only file system" in result.text, f"{refusal}: {result.text}"
-            guest.umount("/work")
-            assert guest.run("cat /tools/file").text == "tools"
-            guest.mount("work", "/work")
+        guest.mount("work", "/work")
+        guest.mount("tools", "/tools")
+        assert guest.run("cat /work/file /tools/file").text == "worktools"
+        guest.run("cp /tools/file /work/copy && echo changed > /work/file")
+        refusals = (
+            "touch /tools/new",
+            "echo x > /tools/file",
+            "mkdir /tools/dir",
+            "rm /tools/file",
+            "mv /tools/file /tools/other",
+            "ln -s x /tools/link",
+            "ln /tools/file /tools/hard",
+            "chmod 600 /tools/file",
+            "touch -d @0 /tools/file",
+        )
+        for refusal in refusals:
+            result = guest.run(refusal, check=False)
+            assert result.status != 0, refusal
+            assert "Read-only file system" in result.text, f"{refusal}: {result.text}"
+        guest.umount("/work")
+        assert guest.run("cat /tools/file").text == "tools"
+        guest.mount("work", "/work")
     assert sorted(path.name for path in tools.iterdir()) == ["file"]
     assert (tools / "file").read_text() == "tools"
     assert (work / "copy").read_text() == "tools"
