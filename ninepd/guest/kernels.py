@@ -24,7 +24,7 @@ class Kernel:
 
 
 def kernel(series: str) -> Kernel:
-    """The newest Debian kernel of a series such as "7.2"."""
+    """The newest Debian kernel of a series such as "7.2", or of the next one that is there."""
     if not re.fullmatch(r"\d+\.\d+", series):
         raise GuestError(f"{series} is no kernel series: give one such as {SERIES[-1]}")
     path = artefact(
@@ -37,12 +37,7 @@ def kernel(series: str) -> Kernel:
 
 def _make(series: str, result: str, folder: str) -> None:
     archive = Archive(RELEASE.get(series, "trixie"))
-    flavour = re.compile(rf"linux-image-{re.escape(series)}\.[0-9.]+([+-]\w+)?-amd64")
-    names = [n for n in archive.search(rf"^linux-image-{series}\.") if flavour.fullmatch(n)]
-    if not names:
-        raise GuestError(
-            f"Debian {archive.suites[-1]} has no kernel {series} any more: choose another series"
-        )
+    names = archive.series(series, r"linux-image-(\d+\.\d+)\.[0-9.]+(?:[+-]\w+)?-amd64")
     # Newer kernels are split in a binary and a modules package.
     parts = [d for d in archive.depends(names[-1]) if re.match("linux-(binary|modules)-", d)]
     tree = os.path.join(folder, "tree")

@@ -10,7 +10,7 @@ import re
 import subprocess
 import time
 
-from .cache import cache_dir, locked
+from .cache import cache_dir, locked, say
 from .errors import GuestError
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -135,6 +135,23 @@ class Archive:
         """Names that match the regular expression, oldest version in the name first."""
         lines = self._run("apt-cache", "search", "--names-only", pattern).splitlines()
         return sorted((line.split(" ")[0] for line in lines), key=natural)
+
+    def series(self, wanted: str, pattern: str) -> list[str]:
+        """Names of the kernel series ``wanted``, or, if Debian has dropped it, of the next newer.
+
+        ``pattern`` matches a whole name; its first group is the series, behind a plain prefix.
+        Oldest version first.
+        """
+        found: dict[str, list[str]] = {}
+        for name in self.search(f"^{pattern.split('(')[0]}"):
+            if match := re.fullmatch(pattern, name):
+                found.setdefault(match[1], []).append(name)
+        newer = sorted((s for s in found if natural(s) >= natural(wanted)), key=natural)
+        if not newer:
+            raise GuestError(f"Debian {self.suites[-1]} has no kernel {wanted} or newer any more")
+        if newer[0] != wanted:
+            say(f"Debian has dropped kernel {wanted}: {newer[0]} takes its place")
+        return found[newer[0]]
 
     def depends(self, package: str) -> list[str]:
         lines = self._run("apt-cache", "depends", "--important", package).splitlines()

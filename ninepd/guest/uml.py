@@ -40,7 +40,9 @@ def _make(result: str, folder: str) -> None:
         missing.append("libc6-dev")
     if missing:
         raise GuestError(f"user-mode Linux cannot be built: install {' '.join(missing)}")
-    unpack(Archive().download([f"linux-source-{SERIES}"], f"{folder}/debs"), f"{folder}/deb")
+    archive = Archive()
+    package = archive.series(SERIES, r"linux-source-(\d+\.\d+)")[-1]
+    unpack(archive.download([package], f"{folder}/debs"), f"{folder}/deb")
     packed = glob.glob(f"{folder}/deb/usr/src/linux-source-*.tar.*")[0]
     source = os.path.join(folder, "source")
     os.mkdir(source)
