@@ -44,9 +44,9 @@ clean:
 $(VENV)/installed: pyproject.toml setup.py contrib/setup-debian.sh
 	@PYTHON=$(PYTHON) contrib/setup-debian.sh
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/pip --disable-pip-version-check install --quiet --group dev
-	@$(BIN)/pip --disable-pip-version-check install --quiet --editable .
+	@$(BIN)/pip --disable-pip-version-check install -qq --upgrade 'pip>=25.1'
+	@$(BIN)/pip --disable-pip-version-check install -qq --group dev
+	@$(BIN)/pip --disable-pip-version-check install -qq --editable .
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(C_SOURCES) ninepd/_vring_build.py
