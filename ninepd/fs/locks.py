@@ -101,8 +101,12 @@ class LockTable:
     ) -> tuple[LockType, int, int, Owner] | None:
         """(type, start, length, owner) of a lock that bars ``owner`` from taking the range.
 
-        A holder outside this session has proc_id as the host tells it and no client_id.
+        A holder outside this session has proc_id as the host tells it and no client_id. Linux
+        always asks with the type UNLCK (fs/9p/vfs_file.c, v9fs_file_getlock), so that is taken
+        for a write lock: whatever could be in the way.
         """
+        if kind == LockType.UNLCK:
+            kind = LockType.WRLCK
         start, end = span(start, length)
         with self._lock:
             inode = self._inodes.get(fid.handle) or self._open(fid.handle)

@@ -92,13 +92,13 @@ def boot_qemu(
     arguments = [
         *program.command, "-nodefaults", "-no-user-config", "-display", "none", "-smp", "1",
         "-accel", accel, "-cpu", "max", "-action", "reboot=shutdown",
-        "-global", "virtio-mmio.force-legacy=false",
     ]  # fmt: skip
     if readconfig is not None:
         arguments += ["-readconfig", readconfig]
     else:
         arguments += [
             *memory_arguments(memory, machine),
+            "-global", "virtio-mmio.force-legacy=false",
             *(word for number, share in enumerate(shares)
               for word in device_arguments(share.socket, share.tag, number, machine)),
         ]  # fmt: skip

@@ -75,12 +75,16 @@ class HostProgram:
             return False
         return True
 
+    def kill(self) -> None:
+        """End it without warning."""
+        # User-mode Linux has helpers in its group.
+        os.killpg(self.pid, signal.SIGKILL)
+
     def end(self, patience: float) -> None:
         """Waits for the end, then asks for it, then forces it."""
         if not self.wait(patience):
             os.kill(self.pid, signal.SIGTERM)
         if not self.wait(5):
-            # User-mode Linux has helpers in its group.
-            os.killpg(self.pid, signal.SIGKILL)
+            self.kill()
             self._process.wait()
         self._thread.join(5)

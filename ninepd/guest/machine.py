@@ -181,7 +181,8 @@ class Guest:
     def kill(self) -> None:
         """Ends the guest as a power cut does."""
         if not self._ended:
-            self._end(0)
+            self._program.kill()
+            self._end(10)
 
     def _end(self, patience: float) -> None:
         self._ended = True

@@ -21,7 +21,9 @@ def interact(channel: Channel, command: str = "") -> int:
         job.status.add_done_callback(lambda _: wake())
         watched: list[int | socket.socket] = [0, woken]
         while not job.status.done():
-            ready = select.select(watched, [], [])[0]
+            # An end of input is said again until it is heard: a shell that is only just setting its
+            # terminal up throws away what came before.
+            ready = select.select(watched, [], [], None if 0 in watched else 0.5)[0]
             if woken in ready:
                 woken.recv(64)
                 if _size() != size:
@@ -31,7 +33,10 @@ def interact(channel: Channel, command: str = "") -> int:
                 data = os.read(0, 4096)
                 if not data:
                     watched.remove(0)
-                channel.send("in", job.ident, data or b"\x04")
+                else:
+                    channel.send("in", job.ident, data)
+            if 0 not in watched:
+                channel.send("in", job.ident, b"\x04")
         return job.status.result()
 
 

@@ -451,7 +451,7 @@ class TestData:
         (place.host / "lower" / "file").write_text("lower\n")
         text = place.guest.run(
             f"""
-            mkdir -p /tmp/over/up /tmp/over/work /tmp/over/merged
+            mkdir -p /tmp/over
             mount -t tmpfs none /tmp/over && mkdir /tmp/over/up /tmp/over/work /tmp/over/merged
             mount -t overlay -o lowerdir={place.path}/lower,upperdir=/tmp/over/up,workdir=/tmp/over/work \\
                 none /tmp/over/merged || exit 1

@@ -126,19 +126,11 @@ def test_the_guest_reboots(front: str, hard: bool, start_daemon: StartDaemon, ex
         assert daemon.descriptors() <= resting, "files of before the reboot are still open"
 
 
-@pytest.fixture(params=["off", "crash"])
-def end(request: pytest.FixtureRequest) -> str:
-    how: str = request.param
-    return how
-
-
 @pytest.mark.parametrize("front", UML_AND_QEMU, indirect=True)
-def test_one_front_end_after_another(
-    front: str, end: str, start_daemon: StartDaemon, export: Path
-) -> None:
+def test_one_front_end_after_another(front: str, start_daemon: StartDaemon, export: Path) -> None:
     daemon = start_daemon()
     resting = daemon.descriptors()
-    for number in range(2):
+    for number, end in enumerate(("off", "crash", "off")):
         guest = boot(front, [Share(TAG, daemon.socket)])
         try:
             guest.mount(TAG)

@@ -145,6 +145,7 @@ def use_open_file(process: Process, fd: int) -> dict[str, str]:
     def reopen() -> None:
         again = process.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
         assert process.pread(again, 100, 0) == b"CONT"
+        process.close(again)
 
     return outcomes(
         {
@@ -177,6 +178,7 @@ def on_unlinked_file(place: Place, by: str, depth: str) -> dict[str, str]:
             else:
                 process.unlink(path)
             result = use_open_file(process, fd)
+            process.close(fd)  # as long as it is open the client finds it by its name too
             with pytest.raises(FileNotFoundError):
                 process.open(path)
         if set(result.values()) == {"ok"}:
