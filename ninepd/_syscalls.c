@@ -160,11 +160,19 @@ static uint64_t device_number(uint32_t major_number, uint32_t minor_number) {
     return makedev(major_number, minor_number);
 }
 
-static int stat_fd(int fd, const char *name, struct statx *st) {
-    int flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_SYNC_AS_STAT;
+static int stat_with(int fd, const char *name, int sync, struct statx *st) {
+    int flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | sync;
     if (!*name)
         flags |= AT_EMPTY_PATH;
     return statx(fd, name, flags, STATX_WANTED, st) < 0 ? -errno : 0;
+}
+
+static int stat_fd(int fd, const char *name, struct statx *st) {
+    return stat_with(fd, name, AT_STATX_SYNC_AS_STAT, st);
+}
+
+static int stat_cached(int fd, const char *name, struct statx *st) {
+    return stat_with(fd, name, AT_STATX_DONT_SYNC, st);
 }
 
 static void fill_stat(nd_stat *out, const struct statx *st) {
@@ -189,7 +197,9 @@ int nd_walk(int dirfd, const char *name, nd_stat *out) {
     if (fd < 0)
         return fd;
     struct statx st;
-    int error = stat_fd(fd, "", &st);
+    /* What the look-up brought is fresh; asking again could wait for another file system's server.
+     */
+    int error = stat_cached(fd, "", &st);
     if (error) {
         close(fd);
         return error;
@@ -313,8 +323,9 @@ int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size) {
  * A run of Rreaddir entries after position `offset`, whole entries only, at most `size` bytes.
  * Returns the bytes written (0: the end), -EINVAL if not even one entry fits, -EDOM if the first
  * one has no number in the table. Each entry is looked up, because only that shows the root of
- * what is mounted there, whose identity a walk would show too; one that has vanished meanwhile is
- * left out. `at_root`: ".." is the directory itself, as it is for a walk.
+ * what is mounted there, whose identity a walk would show too; one that cannot be looked up, for
+ * example because it has vanished meanwhile, is left out. `at_root`: ".." is the directory itself,
+ * as it is for a walk.
  */
 int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices, int count,
                    uint8_t *out, uint32_t size) {
@@ -335,7 +346,7 @@ int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *de
             if (used + FIXED + length > size)
                 return used ? (int64_t)used : -EINVAL;
             struct statx st;
-            int error = stat_fd(fd, at_root && !strcmp(name, "..") ? "" : name, &st);
+            int error = stat_cached(fd, at_root && !strcmp(name, "..") ? "" : name, &st);
             offset = (uint64_t)entry->off;
             if (error)
                 continue;

@@ -23,12 +23,13 @@ from ninepd.errors import FramingLost, UsageError
 from ninepd.frontend import FrontEnd
 from ninepd.fs.descriptors import budget_of
 from ninepd.fs.security import CAP_DAC_READ_SEARCH, has_capabilities, make_model
-from ninepd.fs.server import Policy, Server
+from ninepd.fs.server import Policy, Service
 from ninepd.fs.tree import Tree
 
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 4
+_ACCEPT_PAUSE: Final = 1.0
 _PEER_CREDENTIALS: Final = 12
 """Bytes of struct ucred."""
 
@@ -82,10 +83,10 @@ class Listener:
             self._serve(self._socket.dup())
 
     def expects_front_ends(self, once: bool) -> bool:
-        """Is there one, or can another come? With ``once`` the first is the last."""
-        if self._front_end is not None or not self._served:
+        """Is there one, or can another come? With ``once`` the first that speaks is the last."""
+        if self._front_end is not None:
             return True
-        return self._listening and not once
+        return self._listening and not (once and self._served)
 
     def close(self) -> None:
         """Answer what is in flight, part from the front end, remove the socket."""
@@ -102,6 +103,9 @@ class Listener:
             connection, _ = self._socket.accept()
         except OSError as error:
             log.warning("%s: a front end could not be accepted: %s", self._export.tag, error)
+            # It stays in the backlog, and would bring us back at once.
+            self._loop.remove_reader(self._socket)
+            self._loop.call_later(_ACCEPT_PAUSE, self._loop.add_reader, self._socket, self._accept)
             return
         # The last one may have left already, and its farewell lie behind this event.
         self._readable()
@@ -117,16 +121,14 @@ class Listener:
 
     def _serve(self, connection: socket.socket) -> None:
         log.info("%s: front end connected (%s)", self._export.tag, _peer(connection))
-        server = Server(self._tree, self._policy)
         self._device = Device(
             self._export.tag,
             self._export.config_space,
-            server,
+            Service(self._tree, self._policy),
             self._export.poll_us,
             self._call_soon,
         )
         self._front_end = FrontEnd(connection)
-        self._served = True
         self._loop.add_reader(self._front_end.fileno(), self._readable)
 
     def _call_soon(self, call: Callable[[], None]) -> None:
@@ -138,6 +140,7 @@ class Listener:
             return
         try:
             for message in front_end.receive():
+                self._served = True
                 reply = device.handle(message)
                 if reply is not None:
                     front_end.send(reply)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ninepd.errors import Refused, RingBroken
-from ninepd.fs.server import Server
+from ninepd.fs.server import Service
 from ninepd.pipeline import HEADER_LIMITS, Pipeline
 from ninepd.vhostuser.messages import Message, VirtioFeature
 from ninepd.vhostuser.session import (
@@ -50,13 +50,13 @@ class Device:
         self,
         name: str,
         config_space: bytes,
-        server: Server,
+        service: Service,
         poll_us: int,
         call_soon: Callable[[Callable[[], None]], None],
     ) -> None:
         """``call_soon`` runs a function on the loop thread, from any thread."""
         self._name = name
-        self._server = server
+        self._service = service
         self._poll_us = poll_us
         self._call_soon = call_soon
         self._session = Session(config_space)
@@ -69,6 +69,8 @@ class Device:
         self._running = False
         self._position: int | None = None
         """Where the ring stood when it was parked, while its 9P session lives."""
+        self._stuck = False
+        """Does a thread that will not come back hold guest memory and the export?"""
 
     def handle(self, message: Message) -> bytes | None:
         """Apply one control message; returns the reply to send, if one is due."""
@@ -77,6 +79,8 @@ class Device:
             self._park()
         step = self._session.handle(message)
         try:
+            if message.disturbs and self._stuck:
+                raise Refused("this device is given up; restart ninepd when its storage answers")
             if step.effect is not None:
                 self._apply(step.effect)
         except (OSError, Refused) as error:
@@ -95,8 +99,9 @@ class Device:
         """Answer what is in flight, then let everything go."""
         self._park()
         self._forget_ring()
-        self._server.reset()
-        self._memory.close()
+        self._service.restart()
+        if not self._stuck:
+            self._memory.close()
         for fd in (self._kick, self._call, self._err, self._channel, self._wake):
             if fd != _NONE:
                 os.close(fd)
@@ -112,6 +117,9 @@ class Device:
         self._running = False
         self._position = pipeline.next_avail
         self._session.parked_at(self._position)
+        if pipeline.stuck:
+            self._stuck = True
+            self._service.abandon()
         if pipeline.broken is not None:
             self._break(pipeline.broken)
 
@@ -124,15 +132,17 @@ class Device:
         state = self._session.state
         if self._kick == _NONE:
             raise Refused("a ring without a kick eventfd is not served")
-        goes_on = self._position is not None and state.ring.base == self._position != 0
-        if not goes_on:
+        layout = (*_layout(state), self._kick)
+        if state.ring.base != self._position:
+            # The guest has reset the device. At the same position it may have, too: then its
+            # Tversion will end the session.
             self._forget_ring()
-            self._server.reset()
-        elif self._layout != _layout(state):
+            self._service.restart()
+        elif self._layout != layout:
             self._forget_ring()
         if self._pipeline is None:
             self._pipeline = self._make_pipeline(state)
-            self._layout = _layout(state)
+            self._layout = layout
         self._pipeline.start(lambda: self._call_soon(self._park_if_broken))
         self._running = True
 
@@ -153,7 +163,7 @@ class Device:
             wake=self._wake,
             header_limits=HEADER_LIMITS,
         )
-        return Pipeline(self._server, vring, ring.num, indirect, self._poll_us, self._name)
+        return Pipeline(self._service, vring, ring.num, indirect, self._poll_us, self._name)
 
     def _forget_ring(self) -> None:
         """Its memory or its meaning is about to go. Requests that are still out get no answer."""
@@ -216,11 +226,12 @@ class Device:
             case RingFault():
                 self._signal_err()
             case StopRing():
-                pass  # it is parked, and what it holds is replaced when it starts again
+                # It is parked. It keeps its descriptors: the same ring may go on with them.
+                pass
             case ResetSession():
                 self._position = None
                 self._forget_ring()
-                self._server.reset()
+                self._service.restart()
                 self._memory.close()
                 self._kick = _replace(self._kick, None)
                 self._call = _replace(self._call, None)
@@ -228,7 +239,7 @@ class Device:
             case ResetDevice():
                 self._position = None
                 self._forget_ring()
-                self._server.reset()
+                self._service.restart()
 
 
 def _replace(old: int, new: int | None) -> int:

@@ -27,44 +27,49 @@ class ChainPayload:
     def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         return self.vring.writev(self.head, WRITE_HEADER + skip, fd, count, offset, flags)
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes, skip: int = 0) -> None:
         if data:
-            self.vring.scatter(self.head, IO_HEADER, data)
+            self.vring.scatter(self.head, IO_HEADER + skip, data)
 
     def take(self, count: int) -> bytes:
         return self.vring.gather(self.head, WRITE_HEADER, count)
 
 
 class PrivatePayload:
-    """For requests on storage that may hang: guest memory may be gone when it answers.
+    """For requests that may wait for storage: guest memory may be gone when it answers.
 
-    ``data`` is the request's data, copied before; ``reply`` is the reply's, to be copied after.
+    ``data`` is the request's data, copied before; the reply's is copied after, by ``deliver``.
     """
 
-    __slots__ = ("available", "body", "data", "reply", "room")
+    __slots__ = ("_reply", "_start", "available", "body", "data", "room")
 
     def __init__(self, data: bytes, room: int) -> None:
         self.data = data
         self.available = len(data)
         self.room = room
-        self.reply = b""
+        self._reply = bytearray()
+        self._start = 0
+        """Where the reply's data begins: before that it stands in guest memory already."""
         self.body = view(bytearray(GETATTR_BODY))
 
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         buffer = bytearray(count)
         got = os.preadv(fd, [buffer], offset, flags)
-        self.reply = self.reply[:skip] + buffer[:got]
+        if not self._reply:
+            self._start = skip
+        del self._reply[skip - self._start :]
+        self._reply += memoryview(buffer)[:got]
         return got
 
     def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         return os.pwritev(fd, [memoryview(self.data)[skip : skip + count]], offset, flags)
 
     def put(self, data: bytes) -> None:
-        self.reply = data
+        self._reply, self._start = bytearray(data), 0
 
     def deliver(self, slot: ChainPayload) -> None:
         """Copy what the reply consists of into guest memory and the slot's buffer."""
-        slot.put(self.reply)
+        slot.put(bytes(self._reply), self._start)
         copy(self.body, slot.body, GETATTR_BODY)
 
     def take(self, count: int) -> bytes:

@@ -6,27 +6,29 @@
     _finish       reply -> bytes in the slot's reply buffer
     push (C)      replies scattered, used entries published, at most one notification
 
-A request that may block leaves the thread at ``_hand_over`` and comes back through ``_completed``.
-Each request is answered exactly once. A Tflush of a request that is out is answered right behind
-it, never before: the client frees the request's memory when it sees the Rflush (9p.md 1.7).
+A request that may block leaves the thread at ``_hand_over`` and comes back through ``_complete``
+(jobs.py). Each request is answered exactly once. A Tflush of a request that is out is answered
+right behind it, never before: the client frees the request's memory when it sees the Rflush
+(9p.md 1.7).
 """
 
 import errno
 import logging
-import queue
+import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.fs.fid import Fid
+from ninepd.fs.handles import Opened, Storage, mark_worker
 from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
-from ninepd.fs.server import Encoded, Later, Reply, Server, waits
+from ninepd.fs.server import Encoded, Later, Payload, Reply, Server, Service
+from ninepd.jobs import Job, Jobs
 from ninepd.p9.messages import (
     CODEC_OF,
     CODECS,
@@ -39,10 +41,18 @@ from ninepd.p9.messages import (
     Rerror,
     RerrorPlain,
     Rflush,
+    Tattach,
+    Tcreate,
     Tflush,
+    Tlcreate,
+    Tlopen,
+    Topen,
+    Trename,
     Tversion,
     Twalk,
     Twrite,
+    Twstat,
+    Txattrcreate,
     encode,
 )
 from ninepd.p9.session import Dialect
@@ -52,7 +62,6 @@ from ninepd.vring import DONE, REQUEST, Vring
 log = logging.getLogger(__name__)
 trace = logging.getLogger("ninepd.trace")
 
-WORKERS: Final = 16
 GRACE_SECONDS: Final = 1.0
 """How long a ring that is told to stop waits for work that is out (vhost-user.md 3.6)."""
 HEADER_LIMITS: Final = {NUMBERS[Twrite]: WRITE_HEADER}
@@ -65,6 +74,10 @@ _QID_SIZE: Final = 13
 _SEGMENTS: Final = 1024
 """Descriptors in one indirect table, or in a chain of a ring that is larger."""
 _PAGE: Final = 4096
+
+
+_CHANGES_FID: Final = frozenset({Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate, Trename, Twstat})
+"""Messages after which a fid is not what it was: no other may use it meanwhile."""
 
 
 class Route(NamedTuple):
@@ -94,46 +107,6 @@ ROUTES: Final[dict[Dialect, dict[int, Route]]] = {
 }
 
 
-class Job:
-    """A request that is out: on a worker, or done there and not yet answered."""
-
-    __slots__ = ("fids", "flushes", "head", "in_guest_memory", "payload", "pinned", "reply", "tag")
-
-    def __init__(
-        self,
-        head: int,
-        tag: int,
-        fids: list[Fid],
-        payload: ChainPayload | PrivatePayload,
-        in_guest_memory: bool,
-    ) -> None:
-        self.head = head
-        self.tag = tag
-        self.fids = fids
-        self.payload = payload
-        self.in_guest_memory = in_guest_memory
-        """Does its work touch guest memory? Then the memory stays until it is done."""
-        self.flushes: list[tuple[int, int]] = []
-        """(head, tag) of each Tflush that waits for it."""
-        self.reply: Reply = None
-        self.pinned = [holder for fid in fids for holder in fid.holders()]
-
-    def pin(self) -> None:
-        """Its fids and their descriptors stay until ``unpin``."""
-        for fid in self.fids:
-            fid.users += 1
-        for holder in self.pinned:
-            holder.pins += 1
-
-    def unpin(self) -> list[Fid]:
-        """Returns the fids that were clunked meanwhile and have no other user."""
-        for holder in self.pinned:
-            holder.pins -= 1
-        for fid in self.fids:
-            fid.users -= 1
-        return [fid for fid in self.fids if fid.doomed and not fid.users]
-
-
 class Pipeline:
     """The request engine on one ring. All but ``start`` and ``stop`` runs on its own thread.
 
@@ -142,9 +115,9 @@ class Pipeline:
     """
 
     def __init__(
-        self, server: Server, vring: Vring, num: int, indirect: bool, poll_us: int, name: str
+        self, service: Service, vring: Vring, num: int, indirect: bool, poll_us: int, name: str
     ) -> None:
-        self._server = server
+        self._service = service
         self._vring = vring
         self._poll_us = poll_us
         self._name = name
@@ -153,20 +126,15 @@ class Pipeline:
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
-        self._budget = server.tree.handles.budget
-        self._jobs: dict[int, Job] = {}
-        self._completed: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._waiting_versions: list[tuple[int, int, Tversion]] = []
+        self._handles = service.server.tree.handles
+        self._jobs = Jobs(name, _prepare_worker, vring.wake)
         self._done = 0
-        self._workers = ThreadPoolExecutor(
-            WORKERS, thread_name_prefix=f"{name} worker", initializer=_prepare_thread
-        )
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._closed = False
-        self._close_lock = threading.Lock()
         self.broken: str | None = None
         """Why the ring can no longer be served, if so."""
+        self.stuck = False
+        """Did the thread not come back from a system call? Then it may still use anything."""
 
     # From the loop thread
 
@@ -195,17 +163,18 @@ class Pipeline:
             return
         self._stopping = True
         self._vring.wake()
-        thread.join()
         deadline = time.monotonic() + GRACE_SECONDS
+        thread.join(GRACE_SECONDS)
+        if thread.is_alive():
+            self.stuck = True
+            self.broken = "the storage does not answer"
         while self._jobs and self.broken is None:
             left = deadline - time.monotonic()
-            if left <= 0 and not any(job.in_guest_memory for job in self._jobs.values()):
+            if left <= 0:
                 log.warning("%s: %d requests are still out", self._name, len(self._jobs))
                 break
-            try:
-                self._complete(self._completed.get(timeout=max(left, 0.05)))
-            except queue.Empty:
-                continue
+            for job in self._jobs.completed(left):
+                self._complete(job)
             self._publish()
 
     def set_call(self, fd: int) -> None:
@@ -214,10 +183,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Forget what is out; the ring is gone. Call ``stop`` first."""
-        with self._close_lock:
-            self._closed = True
-        self._workers.shutdown(wait=False, cancel_futures=True)
-        self._vring.close()
+        self._jobs.close()
 
     # On the device thread
 
@@ -228,8 +194,10 @@ class Pipeline:
                 count = self._vring.wait(self._poll_us)
                 for entry in REQUEST.iter_unpack(self._vring.batch[: count * REQUEST.size]):
                     self._request(*entry)
-                while not self._completed.empty():
-                    self._complete(self._completed.get_nowait())
+                    if self.stuck:
+                        return
+                for job in self._jobs.completed():
+                    self._complete(job)
                 self._publish()
         except RingBroken as error:
             self.broken = str(error)
@@ -255,56 +223,81 @@ class Pipeline:
             return
         start = head * self._vring.header_stride
         size, number, tag = HEADER.unpack_from(self._vring.headers, start)
+        server = self._service.server
         payload = self._payloads[head]
-        payload.room = writable - IO_HEADER
+        payload.room = min(writable, server.session.msize or writable) - IO_HEADER
         payload.available = readable - WRITE_HEADER
         try:
-            if self._budget.crowded:
-                self._budget.make_room()
+            if self._handles.budget.crowded:
+                self._handles.budget.make_room()
             if fault:
                 raise ProtocolError("a buffer lies outside guest memory", fault)
-            route, message = self._begin(start, size, number, readable, copied, writable)
+            route, message = self._begin(server, start, size, number, readable, copied, writable)
             if self._tracing:
                 trace.debug("%s: tag %d %s", self._name, tag, message)
-            if tag in self._jobs:
+            if self._jobs.find(tag) is not None:
                 raise ProtocolError(f"tag {tag} is in use")
             if route.handler is None:
-                self._session_message(head, tag, message)
+                self._session_message(server, head, tag, message)
                 return
-            if self._server.tree.handles.remote:
-                fids = self._fids(route, message)
-                if any(map(waits, fids)):
-                    data = payload.take(message.nbytes) if route.message is Twrite else b""
-                    private = PrivatePayload(data, payload.room)
-                    work = partial(route.handler, self._server, message, private)
-                    self._hand_over(Job(head, tag, fids, private, False), work)
-                    return
-            reply = route.handler(self._server, message, payload)
+            if (self._jobs or self._handles.remote) and self._must_leave(server, route, message):
+                work = partial(route.handler, server, message)
+                self._hand_over(server, head, tag, route, message, work)
+                return
+            reply = route.handler(server, message, payload)
             if type(reply) is Later:
-                fids = self._fids(route, message)
-                self._hand_over(Job(head, tag, fids, payload, reply.in_guest_memory), reply.work)
+                self._hand_over(server, head, tag, route, message, reply.work)
                 return
         except OSError as error:
-            reply = self._error(to_errno(error))
+            reply = server.session.error(to_errno(error))
             if self._tracing:
                 trace.debug("%s: tag %d because: %s", self._name, tag, error)
         except Exception:
             log.exception("%s: a bug made this request fail: message type %d", self._name, number)
-            reply = self._error(errno.EIO)
+            reply = server.session.error(errno.EIO)
         self._finish(head, tag, reply)
 
-    def _fids(self, route: Route, message: Any) -> list[Fid]:
-        numbers = [message[field] for field in route.fid_fields]
-        fids = self._server.session.fids
-        return [fids[number] for number in numbers if number in fids]
+    def _must_leave(self, server: Server, route: Route, message: Any) -> bool:
+        """Is it on storage that may hang, or does it have to wait for others that are?"""
+        fids = _fids(server, route, message)
+        if any(fid.handle.storage is Storage.REMOTE for fid in fids):
+            return True
+        if route.message is Tattach and server.tree.root.storage is Storage.REMOTE:
+            return True
+        return bool(self._jobs) and self._jobs.must_wait(fids, _is_exclusive(fids, message))
+
+    def _hand_over(
+        self,
+        server: Server,
+        head: int,
+        tag: int,
+        route: Route,
+        message: Any,
+        work: Callable[[Payload], Reply],
+    ) -> None:
+        fids = _fids(server, route, message)
+        payload = self._payloads[head]
+        data = payload.take(message.nbytes) if route.message is Twrite else b""
+        private = PrivatePayload(data, payload.room)
+        exclusive = _is_exclusive(fids, message)
+        self._jobs.add(Job(head, tag, server, fids, private, work, exclusive))
 
     def _begin(
-        self, start: int, size: int, number: int, readable: int, copied: int, writable: int
+        self,
+        server: Server,
+        start: int,
+        size: int,
+        number: int,
+        readable: int,
+        copied: int,
+        writable: int,
     ) -> tuple[Route, Any]:
         """The message, if it is one that may be served: else ProtocolError."""
         if not HEADER_SIZE <= size <= readable:
             raise ProtocolError(f"the size field says {size}, {readable} bytes came")
-        session = self._server.session
+        session = server.session
+        if session.msize and size > session.msize:
+            raise ProtocolError(f"{size} bytes are more than msize", errno.EMSGSIZE)
         route = ROUTES[session.dialect].get(number)
         if route is None:
             raise ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
@@ -321,70 +314,36 @@ class Pipeline:
             raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} bytes of data")
         return route, message
 
-    def _error(self, code: int) -> Reply:
-        return self._server.session.error(code)
-
-    def _session_message(self, head: int, tag: int, message: Any) -> None:
+    def _session_message(self, server: Server, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
-            job = self._jobs.get(message.oldtag)
-            if job is not None:
-                job.flushes.append((head, tag))
-            else:
+            job = self._jobs.find(message.oldtag)
+            if job is None:
                 self._finish(head, tag, Rflush())
-        elif self._jobs:
-            # A new session must not see replies of the old one.
-            self._waiting_versions.append((head, tag, message))
-        else:
-            self._version(head, tag, message)
-
-    def _version(self, head: int, tag: int, message: Tversion) -> None:
-        reply: Reply
-        try:
-            reply = self._server.version(message, self._msize_limit)
-        except OSError as error:
-            reply = self._error(to_errno(error))
-        self._finish(head, tag, reply)
-
-    def _hand_over(self, job: Job, work: Callable[[], Reply]) -> None:
-        job.pin()
-        self._jobs[job.tag] = job
-        self._workers.submit(self._work, job, work)
-
-    def _work(self, job: Job, work: Callable[[], Reply]) -> None:
-        """On a worker. What it returns may be more work, when all of the request runs there."""
-        try:
-            reply = work()
-            while type(reply) is Later:
-                reply = reply.work()
-            job.reply = reply
-        except OSError as error:
-            job.reply = self._error(to_errno(error))
-        except Exception:
-            log.exception("%s: a bug made a request fail", self._name)
-            job.reply = self._error(errno.EIO)
-        with self._close_lock:
-            if self._closed:
-                self._unpin(job)
             else:
-                self._completed.put(job)
-                self._vring.wake()
+                self._jobs.follow(job, head, tag)
+            return
+        work = partial(self._version, message)
+        if self._jobs:
+            # A new session must not see replies of the old one.
+            self._jobs.add(Job(head, tag, server, [], PrivatePayload(b"", 0), None, False, work))
+        else:
+            self._finish(head, tag, work())
 
-    def _unpin(self, job: Job) -> None:
-        for fid in job.unpin():
-            self._server.release(fid)
+    def _version(self, message: Tversion) -> Reply:
+        self._service.restart()
+        server = self._service.server
+        try:
+            return server.version(message, self._msize_limit)
+        except OSError as error:
+            return server.session.error(to_errno(error))
 
     def _complete(self, job: Job) -> None:
-        del self._jobs[job.tag]
-        self._unpin(job)
-        if isinstance(job.payload, PrivatePayload):
-            job.payload.deliver(self._payloads[job.head])
+        if job.last is not None:
+            job.reply = job.last()
+        job.payload.deliver(self._payloads[job.head])
         self._finish(job.head, job.tag, job.reply)
         for head, tag in job.flushes:
             self._finish(head, tag, Rflush())
-        if self._waiting_versions and not self._jobs:
-            waiting, self._waiting_versions = self._waiting_versions, []
-            for head, tag, message in waiting:
-                self._version(head, tag, message)
 
     def _finish(self, head: int, tag: int, reply: Reply) -> None:
         """Encode a reply into the slot; one that does not fit becomes an error."""
@@ -420,13 +379,34 @@ class Pipeline:
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
         if type(reply) not in ERRORS:
-            self._finish(head, tag, self._error(errno.EMSGSIZE))
+            self._finish(head, tag, self._service.server.session.error(errno.EMSGSIZE))
         elif reply.ename:
             self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
         else:
             self._push(head, 0, 0)
 
 
+def _fids(server: Server, route: Route, message: Any) -> list[Fid]:
+    fids = server.session.fids
+    found = (fids.get(message[field]) for field in route.fid_fields)
+    return list(dict.fromkeys(fid for fid in found if fid is not None))
+
+
+def _is_exclusive(fids: list[Fid], message: Any) -> bool:
+    kind = type(message)
+    if kind is Twalk:
+        return bool(message.fid == message.newfid)
+    if kind is Twrite:
+        # Appending writes must reach the file in the order in which they came (9p.md 1.3).
+        return any(isinstance(f.opened, Opened) and f.opened.flags & os.O_APPEND for f in fids)
+    return kind in _CHANGES_FID
+
+
 def _prepare_thread() -> None:
     if privileged():
         syscalls.keep_capabilities()
+
+
+def _prepare_worker() -> None:
+    _prepare_thread()
+    mark_worker()

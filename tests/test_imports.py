@@ -16,6 +16,7 @@ LAYERS: Final = (
     {"daemon"},
     {"control", "device", "frontend"},
     {"pipeline"},
+    {"jobs"},
     {"payload"},
     {"fs"},
     {"vhostuser", "p9"},

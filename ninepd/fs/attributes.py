@@ -3,10 +3,13 @@
 import errno
 import os
 import stat as st
+from collections.abc import Callable
+from functools import partial
 
 from ninepd import syscalls
-from ninepd.fs.handles import Opened
-from ninepd.fs.server import Encoded, Payload, Reply, Server
+from ninepd.fs.fid import Fid
+from ninepd.fs.handles import Handle, Opened
+from ninepd.fs.server import Encoded, Later, Payload, Reply, Server
 from ninepd.p9.messages import (
     NUMBERS,
     Rgetattr,
@@ -69,14 +72,43 @@ def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # n
         message.mtime_sec,
         message.mtime_nsec,
     )
+    if valid & SetattrValid.SIZE and message.size >> 63:
+        raise OSError(errno.EINVAL, "no file can be that large")
+    rest = partial(_change, message, handle, atime, mtime)
     if valid & SetattrValid.SIZE:
-        if message.size >> 63:
-            raise OSError(errno.EINVAL, "no file can be that large")
-        # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
-        if isinstance(fid.opened, Opened) and fid.opened.writable:
-            os.ftruncate(fid.opened.fd, message.size)
-        else:
-            os.truncate(handle.path, message.size)
+        try:
+            _truncate(server, fid, message.size)
+        except (
+            BlockingIOError
+        ):  # a host process holds a lease (fcntl(2)), which is being called back
+            return Later(lambda _payload: _truncate_and(rest, handle, message.size))
+    return rest()
+
+
+def _truncate(server: Server, fid: Fid, size: int) -> None:
+    """BlockingIOError if that would have to wait for a lease."""
+    # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
+    if isinstance(fid.opened, Opened) and fid.opened.writable:
+        os.ftruncate(fid.opened.fd, size)
+    elif fid.handle.kind == st.S_IFREG:
+        fd = server.tree.reopen(fid.handle, os.O_WRONLY)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    else:
+        os.truncate(fid.handle.path, size)  # the kernel's own refusal
+
+
+def _truncate_and(rest: Callable[[], Reply], handle: Handle, size: int) -> Reply:
+    os.truncate(handle.path, size)
+    return rest()
+
+
+def _change(
+    message: Tsetattr, handle: Handle, atime: tuple[int, int], mtime: tuple[int, int]
+) -> Reply:
+    valid = message.valid
     if valid & _OWNER:
         uid = message.uid if valid & SetattrValid.UID else NO_ID
         gid = message.gid if valid & SetattrValid.GID else NO_ID

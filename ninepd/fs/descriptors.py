@@ -9,11 +9,14 @@ as QEMU's v9fs_reclaim_fd, which however reopens by path).
 """
 
 import errno
+import logging
 import os
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
 from typing import Final
+
+log = logging.getLogger(__name__)
 
 RESERVE_MAX: Final = 256
 """Descriptors kept back for sockets, guest memory, eventfds and what one request needs."""
@@ -81,7 +84,11 @@ class Holder:
                 self._budget.resting -= 1
                 return
             self._budget.remove(self)
-        os.close(fd)
+        try:
+            os.close(fd)
+        except OSError as error:
+            # It is closed all the same (close(2)); there is nobody to tell but the log.
+            log.warning("closing a file: %s", error)
 
     @abstractmethod
     def _restore(self) -> int:
@@ -99,6 +106,7 @@ class Budget:
         self.limit = limit
         self._high = limit - limit // 16
         self.lock = threading.RLock()
+        self._frozen = False
         self.resting = 0
         """Holders that are put aside."""
         self._open: OrderedDict[Holder, None] = OrderedDict()
@@ -119,11 +127,15 @@ class Budget:
     @property
     def crowded(self) -> bool:
         """Is it time to ``make_room``?"""
-        return len(self._open) >= self._high
+        return len(self._open) >= self._high and not self._frozen
 
-    def check(self) -> None:
-        """EMFILE if a new fid may not take another descriptor: nothing idle was left."""
-        if len(self._open) >= self.limit:
+    def freeze(self) -> None:
+        """Nothing is put aside any more."""
+        self._frozen = True
+
+    def check(self, wanted: int = 1) -> None:
+        """EMFILE if so many more descriptors are too many: nothing idle was left."""
+        if len(self._open) + wanted > self.limit:
             raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
 
     def make_room(self) -> None:

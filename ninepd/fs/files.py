@@ -78,8 +78,16 @@ def lopen(server: Server, message: Tlopen, _payload: Payload) -> Reply:
     is_directory = fid.handle.is_directory
     if is_directory and flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
         raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
-    fid.opened = server.tree.open(fid.handle, flags)
-    return Rlopen(server.tree.qid(fid.handle), 0 if is_directory else server.iounit())
+    try:
+        return _opened(server, fid, flags, wait=False)
+    except BlockingIOError:  # a host process holds a lease (fcntl(2)), which is being called back
+        return Later(lambda _payload: _opened(server, fid, flags, wait=True))
+
+
+def _opened(server: Server, fid: Fid, flags: int, wait: bool) -> Reply:
+    fid.opened = server.tree.open(fid.handle, flags, wait)
+    iounit = 0 if fid.handle.is_directory else server.iounit()
+    return Rlopen(server.tree.qid(fid.handle), iounit)
 
 
 def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
@@ -97,6 +105,7 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
     tree = server.tree
     directory = fid.handle
     uid, gid = server.model.identity(fid.uid, message.gid)
+    tree.handles.budget.check(2)
     try:
         fd = syscalls.create(directory.fd, message.name, flags, st.S_IMODE(message.mode), uid, gid)
     except FileExistsError:
@@ -152,8 +161,7 @@ def read(server: Server, message: Tread, payload: Payload) -> Reply:
         try:
             got = payload.read(file.fd, done, count - done, message.offset + done, os.RWF_NOWAIT)
         except BlockingIOError:  # not in the page cache
-            work = partial(_read_rest, file.fd, message.offset, count, done, payload)
-            return Later(work, in_guest_memory=True)
+            return Later(partial(_read_rest, file.fd, message.offset, count, done))
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:  # this file system cannot tell
                 raise
@@ -183,7 +191,7 @@ def write(server: Server, message: Twrite, payload: Payload) -> Reply:
     file = _open_file(fid)
     _check_offset(message.offset, message.nbytes)
     if file.synchronous:
-        return Later(partial(_write_all, file.fd, message, payload), in_guest_memory=True)
+        return Later(partial(_write_all, file.fd, message))
     return _write_all(file.fd, message, payload)
 
 
@@ -196,6 +204,8 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
             if not done:
                 raise
             break  # what was written counts; the error comes again with the rest (write(2))
+        if not got:
+            raise OSError(errno.EIO, "the file took no data")
         done += got
     return Rwrite(done)
 
@@ -230,32 +240,34 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
     """One run that meets files without a number in the table that C reads."""
     tree = server.tree
     out = bytearray()
-    for position, name in syscalls.getdents(fd, offset):
-        itself = name == b".." and fid.handle is tree.root
-        try:
-            stat = syscalls.stat_at(fd, b"" if itself else name)
-        except FileNotFoundError:
-            continue
-        if not tree.shows(stat):
-            continue
-        kind = st.S_IFMT(stat.mode) >> 12
-        entry = QID.pack(*tree.qids.qid(stat)) + position.to_bytes(8, "little")
-        entry += bytes((kind,)) + len(name).to_bytes(2, "little") + name
-        if len(out) + len(entry) > size:
-            if not out:
-                raise OSError(errno.EINVAL, "not even one entry fits")
-            break
-        out += entry
+    while not out and (listed := syscalls.getdents(fd, offset)):
+        for position, name in listed:
+            itself = name == b".." and fid.handle is tree.root
+            offset = position
+            try:
+                stat = syscalls.stat_at(fd, b"" if itself else name)
+            except OSError:  # gone meanwhile, or not to be looked at
+                continue
+            if not tree.shows(stat):
+                continue
+            kind = st.S_IFMT(stat.mode) >> 12
+            entry = QID.pack(*tree.qids.qid(stat)) + position.to_bytes(8, "little")
+            entry += bytes((kind,)) + len(name).to_bytes(2, "little") + name
+            if len(out) + len(entry) > size:
+                if not out:
+                    raise OSError(errno.EINVAL, "not even one entry fits")
+                return bytes(out)
+            out += entry
     return bytes(out)
 
 
 def fsync(server: Server, message: Tfsync, _payload: Payload) -> Reply:
     """On a worker, always. Directories too."""
     fid = server.fid(message.fid)
-    return Later(partial(_flush, opened(fid).fd, bool(message.datasync)), in_guest_memory=False)
+    return Later(partial(_flush, opened(fid).fd, bool(message.datasync)))
 
 
-def _flush(fd: int, data_only: bool) -> Reply:
+def _flush(fd: int, data_only: bool, _payload: Payload) -> Reply:
     if data_only:
         os.fdatasync(fd)
     else:

@@ -68,6 +68,14 @@ def key_of(stat: Stat) -> Key:
     return stat.mnt_id, stat.dev, stat.ino
 
 
+_thread = threading.local()
+
+
+def mark_worker() -> None:
+    """The calling thread is a worker: what it finds is not put aside under its hands."""
+    _thread.is_worker = True
+
+
 class Handle(Holder):
     """One inode of the export. Reference-counted by ``HandleTable``; not made elsewhere."""
 
@@ -152,13 +160,25 @@ class Opened(Holder):
     def close(self) -> None:
         """Close for good."""
         self.handle.opened = tuple(other for other in self.handle.opened if other is not self)
+        if not self.handle.opened:
+            self.handle.cookies = None
         self.discard()
 
     def may_rest(self) -> bool:
-        return self.handle._restorer.may_reopen(self.handle)  # noqa: SLF001 - one mechanism
+        return self.handle._restorer.may_reopen(self)  # noqa: SLF001 - one mechanism
 
     def _restore(self) -> int:
         return self._reopen(self.handle, self.flags & ~os.O_TRUNC)
+
+
+class _Device:
+    """A device that handles are on."""
+
+    __slots__ = ("handles", "storage")
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.handles = 0
 
 
 class _Mount:
@@ -183,7 +203,7 @@ class HandleTable:
         self._multidevs = multidevs
         self._lock = threading.Lock()
         self._handles: dict[Key, Handle] = {}
-        self._storage: dict[int, Storage] = {}
+        self._devices: dict[int, _Device] = {}
         self._mounts: dict[int, _Mount] = {}
 
     def __len__(self) -> int:
@@ -202,33 +222,35 @@ class HandleTable:
                     handle.refs += 1
                     os.close(fd)
                     return handle
-                if self._is_same(handle, fd, stat):
+                if self._is_same(handle, fd):
                     handle.refs += 1
                     handle.give(fd)
                     return handle
                 # Its inode number has come to another file while the handle was put aside.
             try:
                 self.budget.check()
-                handle = Handle(self.budget, fd, stat, self._admit(fd, stat), self)
+                device = self._admit(fd, stat)
+                handle = Handle(self.budget, fd, stat, device.storage, self)
             except OSError:
                 os.close(fd)
                 raise
+            device.handles += 1
             self._handles[key] = handle
             if parent is not None and not self._by_handle:
                 parent.refs += 1
                 handle.place = parent, name
-            if parent is not None and parent.storage is Storage.REMOTE:
-                # It may be in use on a worker, where nothing but this would keep it open.
+            if getattr(_thread, "is_worker", False):
+                # Nothing but this would keep it open while the worker goes on with it.
                 handle.pins = 1
             if self._by_handle:
                 self._enter_mount(handle)
             return handle
 
-    def _admit(self, fd: int, stat: Stat) -> Storage:
-        storage = self._storage.get(stat.dev)
-        if storage is not None:
-            return storage
-        if self._storage:  # the first one is the root's
+    def _admit(self, fd: int, stat: Stat) -> "_Device":
+        device = self._devices.get(stat.dev)
+        if device is not None:
+            return device
+        if self._devices:  # the first one is the root's
             if self._multidevs is Multidevs.FORBID:
                 raise OSError(errno.ENODEV, "another device is mounted here (multidevs=forbid)")
             if self._multidevs is Multidevs.WARN:
@@ -236,9 +258,9 @@ class HandleTable:
                     "another device is mounted below the export: two files may show the guest "
                     "one inode number (--multidevs warn)"
                 )
-        storage = self._storage[stat.dev] = _storage_of(fd)
-        self.remote |= storage is Storage.REMOTE
-        return storage
+        device = self._devices[stat.dev] = _Device(_storage_of(fd))
+        self.remote |= device.storage is Storage.REMOTE
+        return device
 
     def share(self, handle: Handle) -> Handle:
         """Another reference to the same handle."""
@@ -255,6 +277,11 @@ class HandleTable:
                     return
                 if self._handles.get(handle.key) is handle:
                     del self._handles[handle.key]
+                device = self._devices[handle.key[1]]
+                device.handles -= 1
+                if not device.handles:
+                    # Its number may come to another file system.
+                    del self._devices[handle.key[1]]
                 if self._by_handle:
                     self._leave_mount(handle)
             handle.discard()
@@ -287,8 +314,6 @@ class HandleTable:
         """Can the handle, which is open, be found again if its descriptor is closed now?"""
         if handle.storage is Storage.REMOTE:
             return False
-        if any(file.is_open for file in handle.opened):
-            return True
         try:
             if not syscalls.stat(handle.fd).nlink:
                 return False
@@ -299,14 +324,16 @@ class HandleTable:
         except OSError:
             return False
 
-    def may_reopen(self, handle: Handle) -> bool:
-        """Can a file that is open on the handle be opened again later?
+    def may_reopen(self, file: Opened) -> bool:
+        """Can a file that is open on a handle be opened again later?
 
         Only by file handle: by name it could be gone by then, and its data with it.
         """
+        handle = file.handle
         if not self._by_handle or handle.storage is Storage.REMOTE:
             return False
-        return handle.is_open or bool(handle.token)
+        # Without links the last descriptor on it must stay, be it the handle's or this.
+        return handle.is_open or bool(handle.token and syscalls.stat(file.fd).nlink)
 
     def restore(self, handle: Handle) -> int:
         """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
@@ -315,14 +342,15 @@ class HandleTable:
                 return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
         if self._by_handle:
             mount_fd = self._mounts[handle.key[0]].fd
-            fd = syscalls.open_by_handle(mount_fd, handle.token, os.O_PATH)
-            return self._verified(handle, fd, syscalls.stat(fd))
+            return self._verified(
+                handle, syscalls.open_by_handle(mount_fd, handle.token, os.O_PATH)
+            )
         return self._find_by_name(handle)
 
     def _find_by_name(self, handle: Handle) -> int:
         steps: list[tuple[Handle, bytes]] = []
         start = handle
-        while not start.is_open and not (steps and start.opened):
+        while not start.is_open and not (steps and any(f.is_open for f in start.opened)):
             if start.place is None:
                 raise OSError(errno.ESTALE, "the file is gone")
             steps.append((start, start.place[1]))
@@ -330,23 +358,27 @@ class HandleTable:
         fd = os.dup(start.fd)
         for step, name in reversed(steps):
             try:
-                found, stat = syscalls.walk(fd, name)
+                found, _ = syscalls.walk(fd, name)
             except (FileNotFoundError, NotADirectoryError):
                 raise OSError(errno.ESTALE, "the file no longer has the name it had") from None
             finally:
                 os.close(fd)
-            fd = self._verified(step, found, stat)
+            fd = self._verified(step, found)
         return fd
 
-    def _verified(self, handle: Handle, fd: int, stat: Stat) -> int:
-        if not self._is_same(handle, fd, stat):
+    def _verified(self, handle: Handle, fd: int) -> int:
+        if not self._is_same(handle, fd):
             os.close(fd)
             raise OSError(errno.ESTALE, "another file is in the place of the one that was held")
         return fd
 
     @staticmethod
-    def _is_same(handle: Handle, fd: int, stat: Stat) -> bool:
-        return key_of(stat) == handle.key and syscalls.file_handle(fd) == handle.token
+    def _is_same(handle: Handle, fd: int) -> bool:
+        try:
+            same = key_of(syscalls.stat_at(fd, b"")) == handle.key
+            return same and syscalls.file_handle(fd) == handle.token
+        except OSError:
+            return False
 
     def is_at(self, handle: Handle, directory: Handle, name: bytes) -> bool:
         """Does ``name`` in ``directory`` name what ``handle`` holds?"""
@@ -358,9 +390,9 @@ class HandleTable:
     def before_change(self, directory: Handle, name: bytes) -> Handle | None:
         """The guest is about to unlink or rename ``name``: what is held of it must not be lost.
 
-        Returns the handle on it, if there is one that may have to be found by name later.
+        Returns the handle on it, if there is one.
         """
-        if not self.budget.resting:
+        if self._by_handle and not self.budget.resting:
             return None
         try:
             handle = self._handles.get(key_of(syscalls.stat_at(directory.fd, name)))

@@ -7,6 +7,7 @@ are numeric in both dialects.
 import errno
 import os
 import stat as st
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -16,6 +17,7 @@ from ninepd.fs.fid import Fid
 from ninepd.fs.handles import Handle, Opened
 from ninepd.fs.server import Later, Payload, Reply, Server
 from ninepd.fs.tree import check_name
+from ninepd.fs.walking import number_of
 from ninepd.p9.messages import (
     OpenFlag,
     Rcreate,
@@ -56,6 +58,7 @@ _KINDS: Final = {
     st.S_IFIFO: Mode.PIPE,
     st.S_IFSOCK: Mode.SOCKET,
 }
+_DEVICES: Final = {b"b": st.S_IFBLK, b"c": st.S_IFCHR}
 _SPECIAL_BITS: Final = {
     st.S_ISUID: Mode.SETUID,
     st.S_ISGID: Mode.SETGID,
@@ -78,13 +81,17 @@ def _flags(mode: int) -> int:
 def open(server: Server, message: Topen, payload: Payload) -> Reply:  # noqa: A001
     """Tlopen with the old flags."""
     reply = files.lopen(server, Tlopen(message.fid, _flags(message.mode)), payload)
-    return Ropen(reply.qid, reply.iounit)
+    if isinstance(reply, Later):
+        wait = reply.work
+        return Later(lambda payload: Ropen._make(wait(payload)))
+    return Ropen._make(reply)
 
 
 def create(server: Server, message: Tcreate, payload: Payload) -> Reply:
     """Make an object of any kind; the fid moves to it, and is open if it can be."""
     fid = server.unopened(message.fid)
     perm, name, here = message.perm, message.name, message.fid
+    server.tree.handles.budget.check(2)
     mode = _host_mode(perm)
     if not perm & (Mode.DIR | Mode.SYMLINK | Mode.LINK | Mode.DEVICE | Mode.PIPE | Mode.SOCKET):
         created = files.lcreate(
@@ -98,15 +105,19 @@ def create(server: Server, message: Tcreate, payload: Payload) -> Reply:
     elif perm & Mode.SYMLINK:
         names.symlink(server, Tsymlink(here, name, message.extension, NO_ID), payload)
     elif perm & Mode.LINK:
-        source = _number(message.extension)
+        source = number_of(message.extension)
         names.link(server, Tlink(here, source, name), payload)
     else:
         kind, major, minor = _device(perm, message.extension)
         names.mknod(server, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload)
     handle, stat = server.tree.walk(fid.handle, name)
+    try:
+        opened = server.tree.open(handle, os.O_RDONLY) if handle.is_directory else None
+    except OSError:
+        server.tree.handles.release(handle)
+        raise
     _move(server, fid, handle, name)
-    if handle.is_directory:
-        fid.opened = server.tree.open(handle, os.O_RDONLY)
+    fid.opened = opened
     return Rcreate(server.tree.qids.qid(stat), 0)
 
 
@@ -117,13 +128,6 @@ def _move(server: Server, fid: Fid, handle: Handle, name: bytes) -> None:
         server.tree.handles.release(old[0])
 
 
-def _number(text: bytes) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise OSError(errno.EINVAL, "the extension is no fid") from None
-
-
 def _device(perm: int, extension: bytes) -> tuple[int, int, int]:
     if perm & Mode.PIPE:
         return st.S_IFIFO, 0, 0
@@ -131,7 +135,7 @@ def _device(perm: int, extension: bytes) -> tuple[int, int, int]:
         return st.S_IFSOCK, 0, 0
     try:
         kind, major, minor = extension.split()
-        return {b"b": st.S_IFBLK, b"c": st.S_IFCHR}[kind], int(major), int(minor)
+        return _DEVICES[kind], number_of(major), number_of(minor)
     except (ValueError, KeyError):
         raise OSError(errno.EINVAL, "the extension names no device") from None
 
@@ -194,21 +198,31 @@ def wstat(server: Server, message: Twstat, payload: Payload) -> Reply:
     new = decode_stat(message.stat, server.session.dialect is Dialect.U)
     change = _setattr(message.fid, fid.handle, new)
     if new.name:
-        if fid.place is None:
-            raise OSError(errno.EBUSY, "the root of an export stays where it is")
         check_name(new.name, errno.EISDIR)
     if change is None and not new.name:
         if fid.opened is None:
             return Rwstat()
-        return Later(partial(_flush, files.opened(fid).fd), in_guest_memory=False)
+        return Later(partial(_flush, files.opened(fid).fd))
+    rest = partial(_rename, server, fid, new.name)
     if change is not None:
-        attributes.setattr(server, change, payload)
-    if new.name and fid.place is not None and new.name != fid.place[1]:
-        names.rename_to(server, fid, fid.place[0], new.name)
+        changed = attributes.setattr(server, change, payload)
+        if isinstance(changed, Later):
+            return Later(partial(_wait_and, changed, rest))
+    return rest()
+
+
+def _rename(server: Server, fid: Fid, name: bytes) -> Reply:
+    if name:
+        names.rename_here(server, fid, name)
     return Rwstat()
 
 
-def _flush(fd: int) -> Reply:
+def _wait_and(first: Later, rest: Callable[[], Reply], payload: Payload) -> Reply:
+    first.work(payload)
+    return rest()
+
+
+def _flush(fd: int, _payload: Payload) -> Reply:
     os.fsync(fd)
     return Rwstat()
 
@@ -229,10 +243,8 @@ def _setattr(number: int, handle: Handle, new: Stat) -> Tsetattr | None:
     if new.mtime != UNTOUCHED_32:
         valid |= SetattrValid.MTIME | SetattrValid.MTIME_SET
     # Plain 9P2000 has its numbers in the strings.
-    uid = int(new.uid) if new.n_uid == NO_ID and new.uid.isdigit() else new.n_uid
-    gid = int(new.gid) if new.n_gid == NO_ID and new.gid.isdigit() else new.n_gid
-    if max(uid, gid) > NO_ID:
-        raise OSError(errno.EINVAL, "that is no user or group")
+    uid = number_of(new.uid) if new.n_uid == NO_ID and new.uid.isdigit() else new.n_uid
+    gid = number_of(new.gid) if new.n_gid == NO_ID and new.gid.isdigit() else new.n_gid
     if uid != NO_ID:
         valid |= SetattrValid.UID
     if gid != NO_ID:
@@ -277,8 +289,10 @@ def _read_directory(server: Server, fid: Fid, message: Tread, payload: Payload) 
 
 
 def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
-    fd, _ = syscalls.walk(directory_fd, name)
+    fd, stat = syscalls.walk(directory_fd, name)
     try:
+        if not server.tree.shows(stat):
+            return b""
         return _describe(server, fd, name)
     finally:
         os.close(fd)

@@ -17,7 +17,7 @@ import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ninepd.fs.handles import Handle
+from ninepd.fs.handles import Handle, Opened
 from ninepd.fs.tree import Tree
 from ninepd.p9.messages import LockType
 
@@ -31,6 +31,7 @@ _TO_HOST: Final = {
     LockType.UNLCK: fcntl.F_UNLCK,
 }
 _FROM_HOST: Final = {host: guest for guest, host in _TO_HOST.items()}
+_READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ETXTBSY}
 TO_END: Final = 1 << 63
 """First offset that no range can contain; a length of 0 reaches up to it."""
 MAX_RANGES: Final = 4096
@@ -56,9 +57,10 @@ class Range(NamedTuple):
 class _Inode:
     """The locks on one file."""
 
-    def __init__(self, handle: Handle, fd: int) -> None:
+    def __init__(self, handle: Handle, file: Opened) -> None:
         self.handle = handle
-        self.fd = fd
+        self.file = file
+        self.fd = file.fd
         self.ranges: list[Range] = []
 
 
@@ -133,20 +135,21 @@ class LockTable:
 
     def _open(self, handle: Handle) -> _Inode:
         try:
-            fd = self._tree.reopen(handle, os.O_RDWR)
+            file = self._tree.open(handle, os.O_RDWR)
         except OSError as error:
-            # A file on a read-only mount, a running program, or a directory: read locks still work.
-            if error.errno not in {errno.EROFS, errno.EACCES, errno.EISDIR, errno.ETXTBSY}:
+            # Without the right to write, read locks still work.
+            if error.errno not in _READ_ONLY:
                 raise
-            fd = self._tree.reopen(handle, os.O_RDONLY)
-        inode = _Inode(self._tree.handles.share(handle), fd)
+            file = self._tree.open(handle, os.O_RDONLY)
+        file.pins = 1  # closing it would drop the locks
+        inode = _Inode(self._tree.handles.share(handle), file)
         self._inodes[handle] = inode
         return inode
 
     def _close_if_idle(self, inode: _Inode) -> None:
         if not inode.ranges:
             del self._inodes[inode.handle]
-            os.close(inode.fd)
+            inode.file.close()
             self._tree.handles.release(inode.handle)
 
     def _replace(self, inode: _Inode, ranges: list[Range]) -> None:
@@ -155,11 +158,10 @@ class LockTable:
 
     def _set(self, inode: _Inode, new: Range) -> bool:
         before = inode.ranges
-        if new.type != LockType.UNLCK:
-            if self._count >= MAX_RANGES:
-                raise OSError(errno.ENOLCK, f"{MAX_RANGES} ranges are locked")
-            if any(_bars(held, new.start, new.end, new.type, new.owner) for held in before):
-                return False
+        if new.type != LockType.UNLCK and any(
+            _bars(held, new.start, new.end, new.type, new.owner) for held in before
+        ):
+            return False
         after = []
         for held in before:
             if held.start < new.end and new.start < held.end and held.owner == new.owner:
@@ -168,6 +170,9 @@ class LockTable:
                 after.append(held)
         if new.type != LockType.UNLCK:
             after.append(new)
+        # Releasing the middle of a range makes two of it.
+        if self._count + len(after) - len(before) > MAX_RANGES and len(after) > len(before):
+            raise OSError(errno.ENOLCK, f"{MAX_RANGES} ranges are locked")
         self._replace(inode, after)
         try:
             self._apply(inode, new.start, new.end)

@@ -141,6 +141,13 @@ def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
     return Rrename()
 
 
+def rename_here(server: Server, fid: Fid, name: bytes) -> None:
+    """Give what a fid holds another name in the directory that it is in."""
+    directory, old = _place(server, fid)
+    if name != old:
+        rename_to(server, fid, directory, name)
+
+
 def rename_to(server: Server, fid: Fid, directory: Handle, name: bytes) -> None:
     """Give what a fid holds another name; ESTALE if it is not where it was found."""
     old, new = _place(server, fid), (directory, name)

@@ -8,6 +8,7 @@ are QEMU's (``-fsdev local,security_model=``).
 import errno
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Final, Protocol
 
 from ninepd.errors import UsageError
@@ -32,6 +33,7 @@ def privileged() -> bool:
     return has_capabilities(*_NEEDED.values())
 
 
+@cache
 def has_capabilities(*bits: int) -> bool:
     """Does this process have all of them in effect?"""
     with open("/proc/self/status", encoding="ascii") as status:

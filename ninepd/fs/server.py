@@ -3,19 +3,21 @@
 The operation modules beside this one hold one function per T-message, each
 ``(server, message, payload) -> reply``. A function runs to its end and returns the reply, or, when
 something may have to wait for a disk, returns a ``Later`` with the rest of the work. Whoever calls
-it (device.py) decides on which thread that runs.
+it (pipeline.py) decides on which thread that runs.
 
 Threads: the device thread runs everything on local file systems, workers run ``Later`` work and
-everything on remote ones. Fids are looked up and pinned (``users``) on the device thread.
+everything on remote ones (jobs.py).
 """
 
 import errno
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
+from ninepd.fs.descriptors import Holder
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
-from ninepd.fs.handles import Handle, Opened, Storage
+from ninepd.fs.handles import Handle, Opened
 from ninepd.fs.locks import LockTable
 from ninepd.fs.security import SecurityModel
 from ninepd.fs.tree import Tree
@@ -57,11 +59,12 @@ class Encoded(NamedTuple):
 
 
 class Later(NamedTuple):
-    """The rest of a request, which may block; ``work`` returns the reply or raises OSError."""
+    """The rest of a request, which may block; ``work`` returns the reply or raises OSError.
 
-    work: Callable[[], Any]
-    in_guest_memory: bool
-    """Does it move data between a file and guest memory?"""
+    It is given a payload of its own: guest memory may be gone by the time it runs.
+    """
+
+    work: Callable[[Payload], Any]
 
 
 Reply: TypeAlias = Any
@@ -87,24 +90,43 @@ class Server:
         self.session: Session[Fid] = Session()
         self.locks = LockTable(tree)
         self.xattr_fids = 0
+        self._lock = threading.Lock()
+        self._ended = False
 
     # Session
 
     def version(self, request: Tversion, msize_limit: int) -> Rversion:
-        """Start a session; every fid of the one before is gone, and every lock."""
-        self.reset()
+        """Begin the session; EMSGSIZE for an impossible msize."""
         return self.session.negotiate(request, min(self.policy.msize_max, msize_limit))
 
-    def reset(self) -> None:
+    def end(self) -> None:
         """Drop the session as if the client had clunked everything, without committing xattrs."""
-        for fid in self.session.clear():
-            if fid.users:
-                fid.doomed = True
-            else:
-                self.release(fid)
+        with self._lock:
+            self._ended = True
+            fids = self.session.clear()
+        for fid in fids:
+            self.retire(fid)
 
-    def release(self, fid: Fid) -> None:
-        """Close what a fid holds. Its number must be free already."""
+    def pin(self, fids: list[Fid], holders: list[Holder]) -> None:
+        """Work on another thread begins: fids and descriptors stay until ``unpin``."""
+        with self._lock, self.tree.handles.budget.lock:
+            for fid in fids:
+                fid.users += 1
+            for holder in holders:
+                holder.pins += 1
+
+    def unpin(self, fids: list[Fid], holders: list[Holder]) -> None:
+        """The work has ended. A fid that was clunked meanwhile goes with its last user."""
+        with self._lock, self.tree.handles.budget.lock:
+            for holder in holders:
+                holder.pins -= 1
+            for fid in fids:
+                fid.users -= 1
+            done = [fid for fid in fids if fid.doomed and not fid.users]
+        for fid in done:
+            self._release(fid)
+
+    def _release(self, fid: Fid) -> None:
         opened, fid.opened = fid.opened, None
         if isinstance(opened, Opened):
             self.locks.drop(fid)
@@ -116,11 +138,12 @@ class Server:
             self.tree.handles.release(fid.place[0])
 
     def retire(self, fid: Fid) -> None:
-        """Release a fid whose number is free, now or when its last user is done."""
-        if fid.users:
-            fid.doomed = True
-        else:
-            self.release(fid)
+        """Close what a fid holds, whose number is free: now, or when its last user is done."""
+        with self._lock:
+            if fid.users:
+                fid.doomed = True
+                return
+        self._release(fid)
 
     # Fids
 
@@ -134,9 +157,12 @@ class Server:
         """A new fid; takes over a reference to ``handle`` and one to the directory in ``place``."""
         fid = Fid(handle, uid, place)
         try:
-            self.session.add(number, fid)
+            with self._lock:
+                if self._ended:
+                    raise FileNotFoundError(errno.ENOENT, "the session has ended")
+                self.session.add(number, fid)
         except OSError:
-            self.release(fid)
+            self._release(fid)
             raise
         return fid
 
@@ -163,11 +189,10 @@ class Server:
             raise OSError(errno.EINVAL, f"fid {number} is open already")
         return fid
 
-    def count_xattr_fid(self) -> None:
+    def check_xattr_room(self) -> None:
         """ENOSPC, as QEMU's max_xattr, when too many extended attributes are open."""
         if self.xattr_fids >= MAX_XATTR_FIDS:
             raise OSError(errno.ENOSPC, f"{MAX_XATTR_FIDS} extended attributes are open")
-        self.xattr_fids += 1
 
     def refuse_if_readonly(self) -> None:
         if self.policy.readonly:
@@ -180,6 +205,24 @@ class Server:
         return (self.session.msize - IO_HEADER - 13) & ~4095
 
 
-def waits(fid: Fid) -> bool:
-    """Must a request on this fid leave the device thread from the start?"""
-    return fid.handle.storage is Storage.REMOTE
+class Service:
+    """An export, and whatever session a guest has with it now."""
+
+    def __init__(self, tree: Tree, policy: Policy) -> None:
+        self._tree = tree
+        self._policy = policy
+        self.server = Server(tree, policy)
+
+    def restart(self) -> None:
+        """The session is over, and a new one may begin."""
+        old, self.server = self.server, Server(self._tree, self._policy)
+        if self._tree.handles.remote:
+            # Closing files may take as long as their storage takes.
+            threading.Thread(target=old.end, name="ninepd farewell", daemon=True).start()
+        else:
+            old.end()
+
+    def abandon(self) -> None:
+        """As restart, but a thread that will not come back may be using anything of the old one."""
+        self._tree.handles.budget.freeze()
+        self.server = Server(self._tree, self._policy)

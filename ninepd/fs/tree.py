@@ -150,12 +150,15 @@ class Tree:
 
     # Opening
 
-    def open(self, handle: Handle, flags: int) -> Opened:
-        """Open the held file or directory for I/O; EMFILE if no descriptor can be spared."""
-        self.handles.budget.check()
-        return Opened(handle, self.reopen(handle, flags), flags, self.reopen)
+    def open(self, handle: Handle, flags: int, wait: bool = False) -> Opened:
+        """Open the held file or directory for I/O; EMFILE if no descriptor can be spared.
 
-    def reopen(self, handle: Handle, flags: int) -> int:
+        BlockingIOError if a host process holds a lease on it, unless told to ``wait``.
+        """
+        self.handles.budget.check()
+        return Opened(handle, self.reopen(handle, flags, wait), flags, self.reopen)
+
+    def reopen(self, handle: Handle, flags: int, wait: bool = False) -> int:
         """Open the held file or directory; the caller owns the descriptor.
 
         FIFOs, sockets and devices are refused with ENXIO before anything is opened: the guest's
@@ -169,18 +172,20 @@ class Tree:
         if handle.is_directory:
             return syscalls.open_scoped(handle.fd, b".", flags | os.O_DIRECTORY)
         try:
-            fd = self._open_file(handle, flags)
+            fd = self._open_file(handle, flags, wait)
         except PermissionError:
             if not flags & os.O_NOATIME:
                 raise
             # O_NOATIME is for owners only (open(2)); QEMU drops it too where it is not allowed.
-            fd = self._open_file(handle, flags & ~os.O_NOATIME)
+            fd = self._open_file(handle, flags & ~os.O_NOATIME, wait)
         return fd
 
     @staticmethod
-    def _open_file(handle: Handle, flags: int) -> int:
-        # A lease that a host process holds would keep us waiting without O_NONBLOCK (fcntl(2));
-        # afterwards the flag must not linger, because FUSE servers see it.
+    def _open_file(handle: Handle, flags: int, wait: bool) -> int:
+        if wait:
+            return os.open(handle.path, flags)
+        # A lease would keep us waiting without O_NONBLOCK; afterwards the flag must not linger,
+        # because FUSE servers see it.
         fd = os.open(handle.path, flags | os.O_NONBLOCK)
         os.set_blocking(fd, True)
         return fd

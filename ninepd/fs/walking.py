@@ -20,6 +20,13 @@ from ninepd.p9.messages import (
 from ninepd.p9.session import Dialect
 
 
+def number_of(text: bytes) -> int:
+    """A decimal number of 32 bits, as old dialects send them; EINVAL for anything else."""
+    if not text.isdigit() or len(text) > len(str(NO_ID)) or int(text) > NO_ID:
+        raise OSError(errno.EINVAL, "that is no number of 32 bits")
+    return int(text)
+
+
 def auth(_server: Server, _message: Tauth, _payload: Payload) -> Reply:
     """No authentication: whoever owns the guest's memory owns the mount (as QEMU answers)."""
     raise OSError(errno.EOPNOTSUPP, "this server needs no authentication")
@@ -33,6 +40,9 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     server.session.check_free(message.fid)
     if message.afid != NOFID:
         raise OSError(errno.EINVAL, "there is no authentication fid")
+    uid = message.n_uname
+    if server.session.dialect is Dialect.PLAIN and message.uname.isdigit():
+        uid = number_of(message.uname)
     tree, handles = server.tree, server.tree.handles
     handle = handles.share(tree.root)
     try:
@@ -44,9 +54,6 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     except OSError:
         handles.release(handle)
         raise
-    uid = message.n_uname
-    if server.session.dialect is Dialect.PLAIN and message.uname.isdigit():
-        uid = min(int(message.uname), NO_ID)
     server.add(message.fid, handle, uid)
     return Rattach(qid)
 

@@ -50,9 +50,10 @@ def xattrwalk(server: Server, message: Txattrwalk, _payload: Payload) -> Reply:
     else:
         names = map(os.fsencode, os.listxattr(path))
         value = b"".join(name + b"\0" for name in names if server.model.allows_xattr(name))
-    server.count_xattr_fid()
+    server.check_xattr_room()
     reader = server.add(message.newfid, server.tree.handles.share(fid.handle), fid.uid)
     reader.opened = XattrValue(value)
+    server.xattr_fids += 1
     return Rxattrwalk(len(value))
 
 
@@ -65,7 +66,8 @@ def xattrcreate(server: Server, message: Txattrcreate, _payload: Payload) -> Rep
         raise OSError(errno.E2BIG, f"an extended attribute has at most {VALUE_MAX} bytes")
     if message.flags & ~(XATTR_CREATE | XATTR_REPLACE):
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
-    server.count_xattr_fid()
+    server.check_xattr_room()
+    server.xattr_fids += 1
     fid.opened = XattrWriter(message.name, message.attr_size, message.flags)
     return Rxattrcreate()
 

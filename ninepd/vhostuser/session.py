@@ -69,7 +69,7 @@ class RemoveRegion:
 
 @dataclass(frozen=True, slots=True)
 class SetKick:
-    """Replace the kick eventfd; None: no kicks will come, look at the ring from time to time."""
+    """Replace the kick eventfd; None: no kicks will come."""
 
     fd: int | None
 
@@ -102,7 +102,7 @@ class RingFault:
 
 @dataclass(frozen=True, slots=True)
 class StopRing:
-    """GET_VRING_BASE: finish or park what is in flight; drop the kick and call eventfds."""
+    """GET_VRING_BASE: finish or park what is in flight."""
 
 
 @dataclass(frozen=True, slots=True)
