@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 C_SOURCES := $(wildcard ninepd/*.c)
-C_FILES := $(C_SOURCES) $(wildcard ninepd/guest/*.c)
+C_FILES := $(C_SOURCES) $(wildcard ninepd/guest/*.c bench/*.c bench/*.h)
 
-.PHONY: all demo test test-quick lint format guests clean
+.PHONY: all bench clean demo format guests lint test test-quick
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
@@ -33,6 +33,11 @@ format: $(VENV)/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
+
+# Figures beside those of QEMU's server, virtiofsd and bare system calls; a report in build/bench.
+# BENCH_ARGS='--plan full' takes its time.
+bench: $(VENV)/built guests
+	@$(BIN)/python -m bench.run $(BENCH_ARGS)
 
 # QEMU, kernels and User-Mode Linux, in a cache outside the tree.
 guests: $(VENV)/built

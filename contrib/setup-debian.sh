@@ -30,6 +30,8 @@ need tar command -v tar
 need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
 need e2fsprogs command -v mkfs.ext4
 need util-linux command -v setpriv
+need libfuse3-3 "$python" -c 'import ctypes; ctypes.CDLL("libfuse3.so.3")'
+need strace command -v strace
 need ca-certificates test -d /etc/ssl/certs
 
 [ -n "$missing" ] || exit 0

@@ -213,7 +213,7 @@ int nd_walk(int dirfd, const char *name, nd_stat *out) {
  * `identify` asks for the generation too. */
 int nd_stat_at(int dirfd, const char *name, int identify, nd_stat *out) {
     struct statx st;
-    int error = stat_fd(dirfd, name, &st);
+    int error = *name ? stat_cached(dirfd, name, &st) : stat_fd(dirfd, "", &st);
     if (error)
         return error;
     fill_stat(out, &st);

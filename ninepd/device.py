@@ -12,8 +12,8 @@ from typing import Final
 
 from ninepd.errors import Refused, RingBroken
 from ninepd.fs.server import Service
-from ninepd.pipeline import HEADER_LIMITS, Pipeline
-from ninepd.vhostuser.messages import Message, VirtioFeature
+from ninepd.pipeline import GRACE_SECONDS, HEADER_LIMITS, Pipeline
+from ninepd.vhostuser.messages import Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
     AddRegion,
     Effect,
@@ -35,6 +35,17 @@ from ninepd.vring import GuestMemory, Vring, signal_err
 log = logging.getLogger(__name__)
 
 _NONE: Final = -1
+_WAIT_FOR_REQUESTS: Final = frozenset(
+    {
+        Request.SET_OWNER,
+        Request.SET_MEM_TABLE,
+        Request.GET_VRING_BASE,
+        Request.SET_VRING_ENABLE,
+        Request.RESET_DEVICE,
+        Request.REM_MEM_REG,
+    }
+)
+"""After these the ring, or what it means, may be gone: requests that are out get time to end."""
 
 
 def _layout(state: State) -> tuple[int, ...]:
@@ -76,7 +87,7 @@ class Device:
         """Apply one control message; returns the reply to send, if one is due."""
         log.debug("%s: %s", self._name, message.name)
         if message.disturbs:
-            self._park()
+            self._park(GRACE_SECONDS if message.header.request in _WAIT_FOR_REQUESTS else 0)
         step = self._session.handle(message)
         try:
             if message.disturbs and self._stuck:
@@ -108,12 +119,12 @@ class Device:
 
     # The ring
 
-    def _park(self) -> None:
+    def _park(self, grace: float = GRACE_SECONDS) -> None:
         """The ring stands still: nothing in it or in guest memory is touched from here on."""
         pipeline = self._pipeline
         if not self._running or pipeline is None:
             return
-        pipeline.stop()
+        pipeline.stop(grace)
         self._running = False
         self._position = pipeline.next_avail
         self._session.parked_at(self._position)

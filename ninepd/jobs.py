@@ -14,7 +14,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 from ninepd.errors import to_errno
 from ninepd.fs.fid import Fid
@@ -22,9 +21,6 @@ from ninepd.fs.server import Later, Payload, Reply, Server
 from ninepd.payload import PrivatePayload
 
 log = logging.getLogger(__name__)
-
-WORKERS: Final = 64
-"""Threads start when they are needed; each one that hangs on storage is one less."""
 
 
 class Job:
@@ -76,12 +72,16 @@ class Job:
 class Jobs:
     """The jobs of one ring. Its methods belong to the thread that serves the ring."""
 
-    def __init__(self, name: str, prepare: Callable[[], None], wake: Callable[[], None]) -> None:
-        """``prepare`` runs first on each worker; ``wake`` is called there when a job is done."""
+    def __init__(
+        self, name: str, size: int, prepare: Callable[[], None], wake: Callable[[], None]
+    ) -> None:
+        """At most ``size`` jobs will be out, and each can have a thread: so none waits for another
+        that hangs. ``prepare`` runs first on each; ``wake`` is called there when a job is done.
+        """
         self._name = name
         self._wake = wake
         self._workers = ThreadPoolExecutor(
-            WORKERS, thread_name_prefix=f"{name} worker", initializer=prepare
+            size, thread_name_prefix=f"{name} worker", initializer=prepare
         )
         self._by_tag: dict[int, Job] = {}
         self._followers: dict[int, Job] = {}

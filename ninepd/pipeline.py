@@ -23,8 +23,9 @@ from typing import Any, Final, NamedTuple
 
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
+from ninepd.fs.descriptors import mark_worker
 from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Opened, Storage, mark_worker
+from ninepd.fs.handles import Opened, Storage
 from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Payload, Reply, Server, Service
@@ -127,7 +128,7 @@ class Pipeline:
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
         self._handles = service.server.tree.handles
-        self._jobs = Jobs(name, _prepare_worker, vring.wake)
+        self._jobs = Jobs(name, num, _prepare_worker, vring.wake)
         self._done = 0
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -156,14 +157,17 @@ class Pipeline:
         )
         self._thread.start()
 
-    def stop(self) -> None:
-        """Return when nothing touches guest memory any more: taken requests answered, or parked."""
+    def stop(self, grace: float) -> None:
+        """Return when nothing touches guest memory any more: taken requests answered, or parked.
+
+        ``grace`` is how many seconds to wait for requests that are out.
+        """
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._stopping = True
         self._vring.wake()
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + grace
         thread.join(GRACE_SECONDS)
         if thread.is_alive():
             self.stuck = True
@@ -171,7 +175,8 @@ class Pipeline:
         while self._jobs and self.broken is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                log.warning("%s: %d requests are still out", self._name, len(self._jobs))
+                if grace:
+                    log.warning("%s: %d requests are still out", self._name, len(self._jobs))
                 break
             for job in self._jobs.completed(left):
                 self._complete(job)

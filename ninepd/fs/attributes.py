@@ -23,7 +23,7 @@ from ninepd.p9.messages import (
 from ninepd.syscalls import NO_ID, UTIME_NOW, UTIME_OMIT
 
 _ENCODED = Encoded(NUMBERS[Rgetattr], syscalls.GETATTR_BODY)
-_KNOWN = sum(SetattrValid)
+_KNOWN = 0x1FF
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 

@@ -1,8 +1,9 @@
 """Descriptors as a budget: what is idle is put aside when they run short, and comes back on use.
 
 A ``Holder`` owns one descriptor, or none while it is put aside. Whoever reads ``fd`` gets an open
-one, which stays open at least until the next ``make_room``: that is called only between requests,
-on the thread that serves them. Work on other threads pins the holders it uses.
+one, which stays open at least until the next ``make_room``: that is called only on the thread that
+serves requests, between them or where one wants more descriptors. Work on other threads pins the
+holders it uses.
 
 Which holder goes is decided by second chance: those used since the last look stay (the same policy
 as QEMU's v9fs_reclaim_fd, which however reopens by path).
@@ -25,6 +26,18 @@ RESERVE_MAX: Final = 256
 def budget_of(limit: int, exports: int = 1) -> int:
     """How many of ``limit`` descriptors the fids of each export may keep open."""
     return (limit - min(RESERVE_MAX, max(limit // 4, 64))) // exports
+
+
+_thread = threading.local()
+
+
+def mark_worker() -> None:
+    """The calling thread is a worker: what it finds is not put aside under its hands."""
+    _thread.is_worker = True
+
+
+def on_worker() -> bool:
+    return getattr(_thread, "is_worker", False)
 
 
 class Holder:
@@ -73,22 +86,21 @@ class Holder:
         """Close until the next use."""
         self._budget.remove(self)
         self._budget.resting += 1
-        os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        try:
+            os.close(fd)
+        except OSError as error:
+            log.warning("closing an idle file: %s", error)
 
     def discard(self) -> None:
-        """Close for good."""
+        """Close for good. OSError, as of close(2): it is closed all the same."""
         with self._budget.lock:
             fd, self._fd = self._fd, -1
             if fd < 0:
                 self._budget.resting -= 1
                 return
             self._budget.remove(self)
-        try:
-            os.close(fd)
-        except OSError as error:
-            # It is closed all the same (close(2)); there is nobody to tell but the log.
-            log.warning("closing a file: %s", error)
+        os.close(fd)
 
     @abstractmethod
     def _restore(self) -> int:
@@ -134,12 +146,20 @@ class Budget:
         self._frozen = True
 
     def check(self, wanted: int = 1) -> None:
-        """EMFILE if so many more descriptors are too many: nothing idle was left."""
+        """EMFILE if so many more descriptors are too many, and nothing is idle.
+
+        What a caller has read from ``fd`` before may not be used behind it.
+        """
+        if len(self._open) + wanted <= self.limit:
+            return
+        if not on_worker():
+            self._calls_to_skip = 0
+            self.make_room()
         if len(self._open) + wanted > self.limit:
             raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
 
     def make_room(self) -> None:
-        """Put idle holders aside, so that there is room again. Between requests only."""
+        """Put idle holders aside, so that there is room again. On the device thread only."""
         if self._calls_to_skip:
             self._calls_to_skip -= 1
             return

@@ -68,6 +68,8 @@ def host_flags(server: Server, flags: int) -> int:
             host |= host_flag
     if flags & (OpenFlag.WRONLY | OpenFlag.RDWR | OpenFlag.TRUNC | OpenFlag.APPEND):
         server.refuse_if_readonly()
+    if server.policy.readonly:
+        host |= os.O_NOATIME
     return host
 
 

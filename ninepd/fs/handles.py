@@ -20,29 +20,21 @@ from typing import Final, TypeAlias
 from ninepd import syscalls
 from ninepd.config import Multidevs
 from ninepd.fs.cookies import Cookies
-from ninepd.fs.descriptors import Budget, Holder
+from ninepd.fs.descriptors import Budget, Holder, on_worker
 from ninepd.syscalls import Stat
 
 log = logging.getLogger(__name__)
 
-_MEMORY_TYPES: Final = frozenset({0x01021994, 0x858458F6, 0x958458F6})
+_MEMORY_TYPES: Final = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 _REMOTE_TYPES: Final = frozenset(
-    {
-        0x65735546,  # FUSE
-        0x6969,  # NFS
-        0xFF534D42,  # CIFS
-        0xFE534D42,  # SMB2
-        0x00C36400,  # Ceph
-        0x01021997,  # 9P
-        0x5346414F,  # AFS
-        0x47504653,  # GPFS
-        0x0BD00BD0,  # Lustre
-    }
-)
+    {"9p", "afs", "ceph", "cifs", "fuse", "fuseblk", "gfs2", "gpfs", "lustre", "nfs", "nfs4",
+     "ocfs2", "smb3", "virtiofs"}
+)  # fmt: skip
+"""Names as in /proc/self/mountinfo (proc(5)), without a subtype such as that of "fuse.sshfs"."""
 
 
 class Storage(Enum):
-    """How long a file system may keep a system call waiting (f_type of statfs(2))."""
+    """How long a file system may keep a system call waiting."""
 
     MEMORY = auto()
     """Never: tmpfs, ramfs, hugetlbfs."""
@@ -52,11 +44,17 @@ class Storage(Enum):
     """Any time, in any call: network and user-space file systems."""
 
 
-def _storage_of(fd: int) -> Storage:
-    kind = syscalls.fstatfs(fd).type
-    if kind in _MEMORY_TYPES:
-        return Storage.MEMORY
-    return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
+def _storage_of(mnt_id: int) -> Storage:
+    """By the mount's entry: asking the file system itself (statfs(2)) may hang already."""
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            words = line.split()
+            if int(words[0]) == mnt_id:
+                kind = words[words.index(b"-") + 1].decode().split(".")[0]
+                if kind in _MEMORY_TYPES:
+                    return Storage.MEMORY
+                return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
+    return Storage.REMOTE
 
 
 Key: TypeAlias = tuple[int, int, int]
@@ -66,14 +64,6 @@ through a read-only mount."""
 
 def key_of(stat: Stat) -> Key:
     return stat.mnt_id, stat.dev, stat.ino
-
-
-_thread = threading.local()
-
-
-def mark_worker() -> None:
-    """The calling thread is a worker: what it finds is not put aside under its hands."""
-    _thread.is_worker = True
 
 
 class Handle(Holder):
@@ -158,7 +148,7 @@ class Opened(Holder):
         return bool(self.flags & (os.O_SYNC | os.O_DSYNC))
 
     def close(self) -> None:
-        """Close for good."""
+        """OSError says what became of late writes; there is nothing left to close then, too."""
         self.handle.opened = tuple(other for other in self.handle.opened if other is not self)
         if not self.handle.opened:
             self.handle.cookies = None
@@ -204,6 +194,7 @@ class HandleTable:
         self._lock = threading.Lock()
         self._handles: dict[Key, Handle] = {}
         self._devices: dict[int, _Device] = {}
+        self._warned: set[int] = set()
         self._mounts: dict[int, _Mount] = {}
 
     def __len__(self) -> int:
@@ -229,7 +220,7 @@ class HandleTable:
                 # Its inode number has come to another file while the handle was put aside.
             try:
                 self.budget.check()
-                device = self._admit(fd, stat)
+                device = self._admit(stat)
                 handle = Handle(self.budget, fd, stat, device.storage, self)
             except OSError:
                 os.close(fd)
@@ -239,26 +230,27 @@ class HandleTable:
             if parent is not None and not self._by_handle:
                 parent.refs += 1
                 handle.place = parent, name
-            if getattr(_thread, "is_worker", False):
+            if on_worker():
                 # Nothing but this would keep it open while the worker goes on with it.
                 handle.pins = 1
             if self._by_handle:
                 self._enter_mount(handle)
             return handle
 
-    def _admit(self, fd: int, stat: Stat) -> "_Device":
+    def _admit(self, stat: Stat) -> "_Device":
         device = self._devices.get(stat.dev)
         if device is not None:
             return device
         if self._devices:  # the first one is the root's
             if self._multidevs is Multidevs.FORBID:
                 raise OSError(errno.ENODEV, "another device is mounted here (multidevs=forbid)")
-            if self._multidevs is Multidevs.WARN:
+            if self._multidevs is Multidevs.WARN and stat.dev not in self._warned:
+                self._warned.add(stat.dev)
                 log.warning(
                     "another device is mounted below the export: two files may show the guest "
                     "one inode number (--multidevs warn)"
                 )
-        device = self._devices[stat.dev] = _Device(_storage_of(fd))
+        device = self._devices[stat.dev] = _Device(_storage_of(stat.mnt_id))
         self.remote |= device.storage is Storage.REMOTE
         return device
 

@@ -10,12 +10,13 @@ everything on remote ones (jobs.py).
 """
 
 import errno
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from ninepd.fs.descriptors import Holder
+from ninepd.fs.descriptors import Holder, on_worker
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
 from ninepd.fs.handles import Handle, Opened
 from ninepd.fs.locks import LockTable
@@ -23,6 +24,8 @@ from ninepd.fs.security import SecurityModel
 from ninepd.fs.tree import Tree
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
+
+log = logging.getLogger(__name__)
 
 MAX_XATTR_FIDS: Final = 1024
 
@@ -130,7 +133,10 @@ class Server:
         opened, fid.opened = fid.opened, None
         if isinstance(opened, Opened):
             self.locks.drop(fid)
-            opened.close()
+            try:
+                opened.close()
+            except OSError as error:
+                log.warning("closing a file: %s", error)
         elif opened is not None:
             self.xattr_fids -= 1
         self.tree.handles.release(fid.handle)
@@ -144,6 +150,19 @@ class Server:
                 fid.doomed = True
                 return
         self._release(fid)
+
+    def close_file(self, fid: Fid) -> None:
+        """Close the file of a fid that is being clunked, if no other work uses it.
+
+        OSError is the result of the guest's close(2). It is closed all the same.
+        """
+        with self._lock:
+            # A request that runs on a worker is one of the users itself.
+            if fid.users > on_worker() or not isinstance(fid.opened, Opened):
+                return
+            opened, fid.opened = fid.opened, None
+        self.locks.drop(fid)
+        opened.close()
 
     # Fids
 

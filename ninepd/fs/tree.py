@@ -169,19 +169,18 @@ class Tree:
         if handle.kind not in {st.S_IFREG, st.S_IFDIR}:
             raise OSError(errno.ENXIO, "special files are not opened on the host")
         flags |= os.O_CLOEXEC | os.O_NOCTTY
-        if handle.is_directory:
-            return syscalls.open_scoped(handle.fd, b".", flags | os.O_DIRECTORY)
         try:
-            fd = self._open_file(handle, flags, wait)
+            return self._open_held(handle, flags, wait)
         except PermissionError:
             if not flags & os.O_NOATIME:
                 raise
             # O_NOATIME is for owners only (open(2)); QEMU drops it too where it is not allowed.
-            fd = self._open_file(handle, flags & ~os.O_NOATIME, wait)
-        return fd
+            return self._open_held(handle, flags & ~os.O_NOATIME, wait)
 
     @staticmethod
-    def _open_file(handle: Handle, flags: int, wait: bool) -> int:
+    def _open_held(handle: Handle, flags: int, wait: bool) -> int:
+        if handle.is_directory:
+            return syscalls.open_scoped(handle.fd, b".", flags | os.O_DIRECTORY)
         if wait:
             return os.open(handle.path, flags)
         # A lease would keep us waiting without O_NONBLOCK; afterwards the flag must not linger,

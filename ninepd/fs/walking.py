@@ -1,9 +1,12 @@
 """Tauth, Tattach, Twalk, Tclunk: how fids come and go."""
 
 import errno
+from functools import partial
 
+from ninepd.fs.descriptors import on_worker
 from ninepd.fs.fid import XattrWriter
-from ninepd.fs.server import Payload, Reply, Server
+from ninepd.fs.handles import Storage
+from ninepd.fs.server import Later, Payload, Reply, Server
 from ninepd.fs.xattrs import commit
 from ninepd.p9.messages import (
     NO_ID,
@@ -76,6 +79,8 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
     qids: list[Qid] = []
     try:
         for name in message.names:
+            if handle.storage is Storage.REMOTE and not on_worker():
+                return Later(partial(walk, server, message))
             found, stat = tree.walk(handle, name)
             if place is not None:
                 handles.release(place[0])
@@ -99,11 +104,16 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
 
 
 def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
-    """The number is free afterwards, whatever the answer. An announced xattr is set now."""
+    """The number is free afterwards, whatever the answer.
+
+    An announced xattr is set now; a file is closed, which may bring an error of a late write.
+    """
     fid = server.session.remove(message.fid)
     try:
         if isinstance(fid.opened, XattrWriter):
             commit(fid.handle, fid.opened)
+        else:
+            server.close_file(fid)
     finally:
         server.retire(fid)
     return Rclunk()

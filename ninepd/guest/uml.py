@@ -1,6 +1,7 @@
 """User-mode Linux, built from Debian's kernel source: a guest at nearly native speed."""
 
 import glob
+import hashlib
 import os
 import shutil
 
@@ -17,18 +18,19 @@ NEEDED = {
 # On top of allnoconfig: what a guest needs to be a 9p client and to test one. No SMP, no modules.
 OPTIONS = """
     64BIT ADVISE_SYSCALLS AIO BINFMT_ELF BINFMT_SCRIPT BLK_DEV_INITRD BUG CROSS_MEMORY_ATTACH
-    DEVTMPFS EPOLL EVENTFD FANOTIFY FILE_LOCKING FSNOTIFY FUTEX HOSTFS INET INOTIFY_USER IO_URING
-    MEMBARRIER MULTIUSER NET NETWORK_FILESYSTEMS NET_9P NET_9P_VIRTIO NULL_CHAN OVERLAY_FS
-    POSIX_TIMERS PRINTK PROC_FS SHMEM SIGNALFD SSL STDERR_CONSOLE SYSFS TIMERFD TMPFS
-    TMPFS_POSIX_ACL TMPFS_XATTR TTY UNIX UNIX98_PTYS VIRTIO_MENU VIRTIO_UML
-    9P_FS 9P_FS_POSIX_ACL 9P_FS_SECURITY
+    DEVTMPFS EPOLL EVENTFD FANOTIFY FILE_LOCKING FSNOTIFY FUSE_FS FUTEX HOSTFS INET INOTIFY_USER
+    IO_URING MEMBARRIER MULTIUSER NET NETWORK_FILESYSTEMS NET_9P NET_9P_VIRTIO NULL_CHAN
+    OVERLAY_FS POSIX_TIMERS PRINTK PROC_FS SHMEM SIGNALFD SSL STDERR_CONSOLE SYSFS TIMERFD TMPFS
+    TMPFS_POSIX_ACL TMPFS_XATTR TTY UNIX UNIX98_PTYS VIRTIO_FS VIRTIO_MENU VIRTIO_UML 9P_FS
+    9P_FS_POSIX_ACL 9P_FS_SECURITY
 """
 
 
 def uml_kernel() -> str:
     """Path of the kernel, which is a program."""
+    options = hashlib.sha256(" ".join(OPTIONS.split()).encode()).hexdigest()
     return artefact(
-        f"uml-{SERIES}",
+        f"uml-{SERIES}-{options[:8]}",
         f"building user-mode Linux {SERIES} from Debian's source (some minutes)",
         _make,
     )

@@ -12,7 +12,7 @@ Wire format: ``size[4] type[1] tag[2] body``, little endian, ``size`` counts its
 
 import errno
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from struct import Struct
 from typing import Annotated, Any, Final, NamedTuple, TypeAlias, get_type_hints
 
@@ -52,57 +52,60 @@ WRITE_HEADER: Final = 23
 """Bytes before the data of a Twrite."""
 
 
-class QidType(IntFlag):
+# Flags are plain numbers: operators of IntFlag cost as much as a system call.
+
+
+class QidType:
     """The bits of qid.type that a Linux client looks at (9p.md 1.3: no others are set)."""
 
-    DIR = 0x80
-    SYMLINK = 0x02
+    DIR: Final = 0x80
+    SYMLINK: Final = 0x02
 
 
-class OpenFlag(IntFlag):
+class OpenFlag:
     """Tlopen and Tlcreate flags: protocol numbers (include/net/9p/9p.h), not the host's O_*."""
 
-    WRONLY = 0x1
-    RDWR = 0x2
-    NOACCESS = 0x3
-    CREATE = 0x40
-    EXCL = 0x80
-    NOCTTY = 0x100
-    TRUNC = 0x200
-    APPEND = 0x400
-    NONBLOCK = 0x800
-    DSYNC = 0x1000
-    FASYNC = 0x2000
-    DIRECT = 0x4000
-    LARGEFILE = 0x8000
-    DIRECTORY = 0x10000
-    NOFOLLOW = 0x20000
-    NOATIME = 0x40000
-    CLOEXEC = 0x80000
-    SYNC = 0x100000
+    WRONLY: Final = 0x1
+    RDWR: Final = 0x2
+    NOACCESS: Final = 0x3
+    CREATE: Final = 0x40
+    EXCL: Final = 0x80
+    NOCTTY: Final = 0x100
+    TRUNC: Final = 0x200
+    APPEND: Final = 0x400
+    NONBLOCK: Final = 0x800
+    DSYNC: Final = 0x1000
+    FASYNC: Final = 0x2000
+    DIRECT: Final = 0x4000
+    LARGEFILE: Final = 0x8000
+    DIRECTORY: Final = 0x10000
+    NOFOLLOW: Final = 0x20000
+    NOATIME: Final = 0x40000
+    CLOEXEC: Final = 0x80000
+    SYNC: Final = 0x100000
 
 
-class GetattrMask(IntFlag):
+class GetattrMask:
     """request_mask and valid of Tgetattr and Rgetattr."""
 
-    BASIC = 0x7FF
-    BTIME = 0x800
-    GEN = 0x1000
-    DATA_VERSION = 0x2000
+    BASIC: Final = 0x7FF
+    BTIME: Final = 0x800
+    GEN: Final = 0x1000
+    DATA_VERSION: Final = 0x2000
 
 
-class SetattrValid(IntFlag):
+class SetattrValid:
     """Which fields of a Tsetattr count."""
 
-    MODE = 0x1
-    UID = 0x2
-    GID = 0x4
-    SIZE = 0x8
-    ATIME = 0x10
-    MTIME = 0x20
-    CTIME = 0x40
-    ATIME_SET = 0x80
-    MTIME_SET = 0x100
+    MODE: Final = 0x1
+    UID: Final = 0x2
+    GID: Final = 0x4
+    SIZE: Final = 0x8
+    ATIME: Final = 0x10
+    MTIME: Final = 0x20
+    CTIME: Final = 0x40
+    ATIME_SET: Final = 0x80
+    MTIME_SET: Final = 0x100
 
 
 class LockType(IntEnum):

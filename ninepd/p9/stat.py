@@ -5,7 +5,6 @@ and in 9P2000.u ``extension[s] n_uid[4] n_gid[4] n_muid[4]``; ``size`` does not 
 Twstat a field of all ones, or an empty string, means: leave it (stat(5)).
 """
 
-from enum import IntFlag
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -18,18 +17,18 @@ UNTOUCHED_32: Final = 0xFFFFFFFF
 UNTOUCHED_64: Final = 0xFFFFFFFFFFFFFFFF
 
 
-class Mode(IntFlag):
+class Mode:
     """Bits of ``mode`` and ``perm`` above the nine permission bits."""
 
-    DIR = 0x80000000
-    SYMLINK = 0x02000000
-    LINK = 0x01000000
-    DEVICE = 0x00800000
-    PIPE = 0x00200000
-    SOCKET = 0x00100000
-    SETUID = 0x00080000
-    SETGID = 0x00040000
-    STICKY = 0x00010000
+    DIR: Final = 0x80000000
+    SYMLINK: Final = 0x02000000
+    LINK: Final = 0x01000000
+    DEVICE: Final = 0x00800000
+    PIPE: Final = 0x00200000
+    SOCKET: Final = 0x00100000
+    SETUID: Final = 0x00080000
+    SETGID: Final = 0x00040000
+    STICKY: Final = 0x00010000
 
 
 class Stat(NamedTuple):
