@@ -28,7 +28,6 @@ from ninepd.p9.messages import (
     Tmkdir,
     Tmknod,
     Topen,
-    Treadlink,
     Tremove,
     Trename,
     Trenameat,
@@ -300,14 +299,6 @@ def test_reading_leaves_no_trace(readonly: Client, export: Path) -> None:
     readonly.getattr(6)
     readonly.rpc(Tlock(5, 0, 0, 0, 0, 1, b"guest"))
     readonly.rpc(Tfsync(5, 0))
-    assert picture(export / "m") == before
-
-
-def test_readlink_leaves_no_trace(readonly: Client, export: Path) -> None:
-    """Which no flag of readlinkat(2) sees to: it takes a mount without access times."""
-    before = picture(export / "m")
-    readonly.walk(1, 6, b"link")
-    assert readonly.rpc(Treadlink(6)).target == b"file"
     assert picture(export / "m") == before
 
 

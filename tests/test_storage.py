@@ -303,7 +303,7 @@ def test_the_mount_that_hangs_is_not_asked_from_outside(fuse: Fuse, client: Clie
     fuse.hold("getattr", "/")
     try:
         with promptly():
-            assert b"m" in {entry.name for entry in client.readdir(1)}
+            assert b"m" in {entry.name for entry in client.listing(1)}
             client.walk(ROOT, 2, b"m")
     finally:
         fuse.release()
