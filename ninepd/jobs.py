@@ -90,7 +90,8 @@ class Jobs:
         self._active: dict[Fid, int] = {}
         self._exclusive: set[Fid] = set()
         self._done: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._closed = False
+        self._close_lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many are not answered yet."""
@@ -138,7 +139,8 @@ class Jobs:
 
     def close(self) -> None:
         """None will be answered. Those that run end by themselves and let go of what they own."""
-        self._closed.set()
+        with self._close_lock:  # no wake comes after this: its descriptor may be closed then
+            self._closed = True
         for job in self._held:
             job.server.unpin(job.fids, job.holders)
         self._held.clear()
@@ -183,7 +185,7 @@ class Jobs:
     def _run(self, job: Job) -> None:
         """On a worker. What the work returns may be more work."""
         try:
-            if not self._closed.is_set() and job.work is not None:
+            if not self._closed and job.work is not None:
                 reply = job.work(job.payload)
                 while type(reply) is Later:
                     reply = reply.work(job.payload)
@@ -196,5 +198,6 @@ class Jobs:
         # Here and not on the device thread: closing a file may have to wait for its storage.
         job.server.unpin(job.fids, job.holders)
         self._done.put(job)
-        if not self._closed.is_set():
-            self._wake()
+        with self._close_lock:
+            if not self._closed:
+                self._wake()
