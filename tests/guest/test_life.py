@@ -79,10 +79,10 @@ def test_two_exports_in_one_guest(
         )
         start_daemon(config=str(config))
     with boot(front, [Share("work", sockets[0]), Share("tools", sockets[1])]) as guest:
-        guest.mount("work", "/work")
+        guest.mount("work", "/data")
         guest.mount("tools", "/tools")
-        assert guest.run("cat /work/file /tools/file").text == "worktools"
-        guest.run("cp /tools/file /work/copy && echo changed > /work/file")
+        assert guest.run("cat /data/file /tools/file").text == "worktools"
+        guest.run("cp /tools/file /data/copy && echo changed > /data/file")
         refusals = (
             "touch /tools/new",
             "echo x > /tools/file",
@@ -98,9 +98,9 @@ def test_two_exports_in_one_guest(
             result = guest.run(refusal, check=False)
             assert result.status != 0, refusal
             assert "Read-only file system" in result.text, f"{refusal}: {result.text}"
-        guest.umount("/work")
+        guest.umount("/data")
         assert guest.run("cat /tools/file").text == "tools"
-        guest.mount("work", "/work")
+        guest.mount("work", "/data")
     assert sorted(path.name for path in tools.iterdir()) == ["file"]
     assert (tools / "file").read_text() == "tools"
     assert (work / "copy").read_text() == "tools"

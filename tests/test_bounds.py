@@ -1,0 +1,131 @@
+"""What is bounded stays within its bounds: messages, descriptors, locks, memory."""
+
+import os
+import socket
+from pathlib import Path
+
+from ninepd.p9.messages import LockType, Tlcreate, Tlock, Tread, Twrite
+from tests import test_reclaim
+from tests.client import ROOT, Client, Daemon
+from tests.conftest import Mount, StartDaemon
+from tests.test_reclaim import LIMIT, Start
+
+start = test_reclaim.start
+
+MAX_RANGES = 4096
+
+
+# msize
+
+
+def test_write_of_more_than_msize(daemon: Daemon, export: Path) -> None:
+    """Whole messages count, and it is refused as a whole."""
+    msize, header = 4096, 23
+    with Client(daemon.socket) as client:
+        client.attach(msize=msize)
+        client.create(ROOT, 1, b"f")
+        for length in (msize - header + 1, 100_000):
+            assert client.error(Twrite(1, 0, length), bytes(length)) == "EMSGSIZE"
+            assert (export / "f").stat().st_size == 0
+        assert client.write(1, 0, bytes(msize - header)) == msize - header
+
+
+def test_read_of_more_than_msize(daemon: Daemon, export: Path) -> None:
+    msize, header = 4096, 11
+    (export / "f").write_bytes(os.urandom(20_000))
+    with Client(daemon.socket) as client:
+        client.attach(msize=msize)
+        client.open(ROOT, 1, b"f")
+        for count in (msize, 10_000, 0xFFFF_FFFF):
+            _, data = client.rpc_with_data(Tread(1, 0, count), room=16_384)
+            assert data == (export / "f").read_bytes()[: msize - header]
+
+
+# Descriptors
+
+
+def test_create_without_descriptors_leaves_no_file(start: Start, export: Path) -> None:
+    _, client = start()
+    created = 0
+    while True:
+        fid = created + 1
+        client.walk(ROOT, fid)
+        if refusal := client.error(Tlcreate(fid, b"f%d" % created, 0x8042, 0o644, 0)):
+            break
+        created += 1
+    assert refusal == "EMFILE"
+    assert LIMIT / 2 < created < LIMIT
+    assert {path.name for path in export.iterdir()} == {f"f{n}" for n in range(created)}
+    client.clunk(1)
+    client.rpc(Tlcreate(fid, b"now", 0x8042, 0o644, 0))
+
+
+def test_locks_take_descriptors_of_the_guest_only(start: Start, export: Path) -> None:
+    daemon, client = start()
+    for fid in range(1, LIMIT):
+        client.walk(ROOT, fid)
+        refusal = client.error(Tlcreate(fid, b"f%d" % fid, 0x8042, 0o644, 0))
+        refusal = refusal or client.error(Tlock(fid, LockType.WRLCK, 0, 0, 0, fid, b"guest"))
+        if refusal:
+            break
+    assert refusal in {"EMFILE", "ENOLCK"}
+    client.getattr(ROOT)
+    # There is one front end already; to say so, the daemon has to accept.
+    with socket.socket(socket.AF_UNIX) as other:
+        other.settimeout(5)
+        other.connect(daemon.socket)
+        assert other.recv(1) == b""
+    client.front_end.close()
+    with Client(daemon.socket) as following:
+        following.attach()
+
+
+# Locks
+
+
+def test_ranges_that_are_split(client: Client, export: Path) -> None:
+    """Giving back the middle of a range makes two of it: that is limited, too."""
+    (export / "f").touch()
+    client.open(ROOT, 1, b"f", flags=os.O_RDWR)
+    client.rpc(Tlock(1, LockType.WRLCK, 0, 0, 0, 7, b"guest"))
+    splits = 0
+    while not (
+        refusal := client.error(Tlock(1, LockType.UNLCK, 0, 2 * splits + 1, 1, 7, b"guest"))
+    ):
+        splits += 1
+        assert splits < MAX_RANGES
+    assert refusal == "ENOLCK"
+    assert splits == MAX_RANGES - 1
+    # What does not split is still done.
+    client.rpc(Tlock(1, LockType.UNLCK, 0, 0, 1, 7, b"guest"))
+    client.rpc(Tlock(1, LockType.UNLCK, 0, 0, 0, 7, b"guest"))
+
+
+# Memory
+
+
+def test_cookies_go_with_the_last_open_fid(
+    start_daemon: StartDaemon, export: Path, mount_ext4: Mount
+) -> None:
+    """A directory that is held for ever, whose entries come and go, takes no more and more."""
+    count = 500
+    folder = mount_ext4(export / "m") / "d"
+    folder.mkdir()
+    with Client(start_daemon().socket) as client:
+        client.attach()
+        client.walk(ROOT, 1, b"m", b"d")
+        for turn in range(3):
+            files = [folder / f"{turn}-{number}" for number in range(count)]
+            for file in files:
+                file.touch()
+            client.open(1, 2)
+            client.open(1, 3)
+            listed = client.listing(2)
+            assert len(listed) == count + 2
+            assert max(entry.offset for entry in listed) == count + 2
+            client.clunk(2)
+            # The other one goes by the same numbers.
+            assert client.readdir(3, listed[0].offset)[0] == listed[1]
+            client.clunk(3)
+            for file in files:
+                file.unlink()
