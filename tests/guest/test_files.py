@@ -360,6 +360,18 @@ class TestData:
             place.guest.run(f"echo again >> {place.path}/log")
             assert (place.host / "log").read_text() == "guest\nhost\nagain\n"
 
+    def test_direct(self, place: Place) -> None:
+        """O_DIRECT is the guest's to honour; here its transfers are ordinary ones."""
+        data = os.urandom(65536)
+        (place.host / "source").write_bytes(data)
+        place.guest.run(
+            f"cd {place.path} && dd if=source of=copy bs=4096 iflag=direct oflag=direct"
+        )
+        assert (place.host / "copy").read_bytes() == data
+        with place.guest.process() as process:
+            fd = process.open(f"{place.path}/copy", os.O_RDWR | os.O_DIRECT | os.O_SYNC)
+            assert process.pread(fd, 100, 1000) == data[1000:1100]
+
     def test_sparse(self, place: Place) -> None:
         far = 5 << 30
         with place.guest.process() as process:
