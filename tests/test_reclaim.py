@@ -251,3 +251,20 @@ def test_a_recycled_inode_does_not_join_a_resting_fid(start: Start, export: Path
         found = client.rpc(Tgetattr(50_000 + number, 0x3FFF))
         assert (found.qid.path, found.gen) != (first.qid.path, first.gen)
     assert error_of(client, Tgetattr(1, 0x7FF)) == errno.ESTALE
+
+
+def test_removal_by_a_fid_whose_inode_was_recycled(start: Start, export: Path) -> None:
+    """A new file of the same name, in the same inode, is still another file."""
+    names = make_files(export, 600)
+    _, client = start()
+    walk_all(client, names)
+    victims = 0
+    for fid, name in enumerate(names[:20], 1):
+        path = export / os.fsdecode(name)
+        inode = path.stat().st_ino
+        path.unlink()
+        path.write_text("new")
+        victims += path.stat().st_ino == inode
+        assert error_of(client, Tremove(fid)) == errno.ESTALE
+        assert path.read_text() == "new"
+    assert victims, "this file system has recycled none: the test shows nothing"

@@ -373,7 +373,8 @@ class HandleTable:
             return False
 
     def is_at(self, handle: Handle, directory: Handle, name: bytes) -> bool:
-        """Does ``name`` in ``directory`` name what ``handle`` holds?"""
+        """Does ``name`` in ``directory`` name what ``handle`` holds? ESTALE if that is gone."""
+        _ = handle.fd  # while it is open, its inode number is no other file's
         try:
             return key_of(syscalls.stat_at(directory.fd, name)) == handle.key
         except FileNotFoundError:
