@@ -383,6 +383,7 @@ struct np_vring {
     bool called;         /* a notify decision has been made... */
     uint16_t call_index; /* ...and this was the used index then */
     uint64_t window_ns;  /* how long to spin before sleeping */
+    uint32_t shut;       /* times that we slept without spinning first */
     uint32_t idle_kicks;
     atomic_bool woken, asleep;
     char broken[200];
@@ -755,14 +756,19 @@ static int doze(np_vring *v) {
 /*
  * Returns when there is something to look at. How long to spin first is learnt as KVM learns its
  * halt_poll_ns (virt/kvm/kvm_main.c, kvm_vcpu_halt): a gap that spinning would have caught opens
- * the window to twice that gap, one far longer halves it, so an idle ring soon does not spin.
+ * the window to twice that gap, one far longer halves it, so an idle ring soon does not spin. What
+ * we measure holds our own wake-up, though: a slow one must not shut the window for ever, so every
+ * 16th time it is tried again.
  */
 static int idle(np_vring *v, uint64_t max_ns) {
     uint64_t start = now_ns();
-    v->window_ns = min(v->window_ns, max_ns);
-    while (now_ns() - start < v->window_ns)
+    uint64_t window_ns = min(v->window_ns, max_ns);
+    if (!window_ns && ++v->shut % 16 == 0)
+        window_ns = max_ns;
+    while (now_ns() - start < window_ns)
         for (int i = 0; i < 16; i++, relax())
             if (something(v)) {
+                v->window_ns = window_ns;
                 v->counters->spin_hits++;
                 return 0;
             }
