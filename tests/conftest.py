@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,6 +97,23 @@ def as_root() -> None:
     """For tests of what only a privileged daemon can do."""
     if os.geteuid():
         pytest.skip("needs root")
+
+
+OTHER_USER = 4321
+
+
+@pytest.fixture
+def other_user(as_root: None, tmp_path: Path) -> tuple[str, ...]:
+    """A launcher that runs a command as user and group 4321, who may enter the test's folder."""
+    launcher = ("setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups")
+    probe = [*launcher, sys.executable, "-c", "import ninepd.cli"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("other users may not enter the folder of this checkout")
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents:
+        if parent.name.startswith("pytest-"):
+            parent.chmod(0o755)
+    return launcher
 
 
 @pytest.fixture

@@ -220,26 +220,19 @@ print(seen > 0, wrong)
 
 @pytest.fixture
 def as_user(
-    start_daemon: StartDaemon, tmp_path: Path, export: Path
+    start_daemon: StartDaemon, other_user: tuple[str, ...], export: Path
 ) -> Iterator[Callable[..., Client]]:
     """Start a daemon that runs as user and group 4321; a client on it, attached as ``uid``."""
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents:
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
     os.chown(export, UID, UID)
     with ExitStack() as stack:
 
         def start(*arguments: str, uid: int = UID) -> Client:
-            daemon = start_daemon(*arguments, launcher=["setpriv", *AS_USER])
+            daemon = start_daemon(*arguments, launcher=other_user)
             client = stack.enter_context(Client(daemon.socket))
             client.attach(uid)
             return client
 
         yield start
-
-
-AS_USER = [f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
 
 
 def test_passthrough_without_privileges(as_user: Callable[..., Client], export: Path) -> None:

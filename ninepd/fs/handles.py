@@ -31,6 +31,19 @@ _REMOTE_TYPES: Final = frozenset(
      "ocfs2", "smb3", "virtiofs"}
 )  # fmt: skip
 """Names as in /proc/self/mountinfo (proc(5)), without a subtype such as that of "fuse.sshfs"."""
+_NAMES: Final = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x958458F6: "hugetlbfs",
+    0x65735546: "fuse",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb3",
+    0x00C36400: "ceph",
+    0x01021997: "9p",
+    0x5346414F: "afs",
+}
+"""f_type of statfs(2) to name, for a mount that is not listed: in a chroot its root is not."""
 
 
 class Storage(Enum):
@@ -44,17 +57,21 @@ class Storage(Enum):
     """Any time, in any call: network and user-space file systems."""
 
 
-def _storage_of(mnt_id: int) -> Storage:
-    """By the mount's entry: asking the file system itself (statfs(2)) may hang already."""
+def _storage_of(fd: int, mnt_id: int) -> Storage:
+    kind = _listed_type(mnt_id) or _NAMES.get(syscalls.fstatfs(fd).type, "")
+    if kind in _MEMORY_TYPES:
+        return Storage.MEMORY
+    return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
+
+
+def _listed_type(mnt_id: int) -> str | None:
+    """By the mount's entry, because statfs(2) asks the file system itself, which may hang."""
     with open("/proc/self/mountinfo", "rb") as mounts:
         for line in mounts:
             words = line.split()
             if int(words[0]) == mnt_id:
-                kind = words[words.index(b"-") + 1].decode().split(".")[0]
-                if kind in _MEMORY_TYPES:
-                    return Storage.MEMORY
-                return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
-    return Storage.REMOTE
+                return words[words.index(b"-") + 1].decode().split(".")[0]
+    return None
 
 
 Key: TypeAlias = tuple[int, int, int]
@@ -220,7 +237,7 @@ class HandleTable:
                 # Its inode number has come to another file while the handle was put aside.
             try:
                 self.budget.check()
-                device = self._admit(stat)
+                device = self._admit(fd, stat)
                 handle = Handle(self.budget, fd, stat, device.storage, self)
             except OSError:
                 os.close(fd)
@@ -237,7 +254,7 @@ class HandleTable:
                 self._enter_mount(handle)
             return handle
 
-    def _admit(self, stat: Stat) -> "_Device":
+    def _admit(self, fd: int, stat: Stat) -> "_Device":
         device = self._devices.get(stat.dev)
         if device is not None:
             return device
@@ -250,7 +267,7 @@ class HandleTable:
                     "another device is mounted below the export: two files may show the guest "
                     "one inode number (--multidevs warn)"
                 )
-        device = self._devices[stat.dev] = _Device(_storage_of(stat.mnt_id))
+        device = self._devices[stat.dev] = _Device(_storage_of(fd, stat.mnt_id))
         self.remote |= device.storage is Storage.REMOTE
         return device
 

@@ -1,6 +1,7 @@
 """A program of the host that carries a guest: what it says, and its sure end."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import subprocess
@@ -77,8 +78,9 @@ class HostProgram:
 
     def kill(self) -> None:
         """End it without warning."""
-        # User-mode Linux has helpers in its group.
-        os.killpg(self.pid, signal.SIGKILL)
+        # User-mode Linux has helpers in its group. None is left where it has ended before.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def end(self, patience: float) -> None:
         """Waits for the end, then asks for it, then forces it."""
