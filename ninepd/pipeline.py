@@ -130,7 +130,7 @@ class Pipeline:
         self._handles = service.server.tree.handles
         self._jobs = Jobs(name, num, _prepare_worker, vring.wake)
         self._done = 0
-        self._thread: threading.Thread | None = None
+        self._device_thread: threading.Thread | None = None
         self._stopping = False
         self.broken: str | None = None
         """Why the ring can no longer be served, if so."""
@@ -152,17 +152,17 @@ class Pipeline:
     def start(self, on_broken: Callable[[], None]) -> None:
         """Serve the ring until ``stop``. If it breaks, ``on_broken`` is called on its thread."""
         self._stopping = False
-        self._thread = threading.Thread(
+        self._device_thread = threading.Thread(
             target=self._run, args=(on_broken,), name=self._name, daemon=True
         )
-        self._thread.start()
+        self._device_thread.start()
 
     def stop(self, grace: float) -> None:
         """Return when nothing touches guest memory any more: taken requests answered, or parked.
 
         ``grace`` is how many seconds to wait for requests that are out.
         """
-        thread, self._thread = self._thread, None
+        thread, self._device_thread = self._device_thread, None
         if thread is None:
             return
         self._stopping = True
@@ -393,8 +393,8 @@ class Pipeline:
 
 def _fids(server: Server, route: Route, message: Any) -> list[Fid]:
     fids = server.session.fids
-    found = (fids.get(message[field]) for field in route.fid_fields)
-    return list(dict.fromkeys(fid for fid in found if fid is not None))
+    found = [fids.get(message[field]) for field in route.fid_fields]
+    return list(dict.fromkeys([fid for fid in found if fid is not None]))
 
 
 def _is_exclusive(fids: list[Fid], message: Any) -> bool:

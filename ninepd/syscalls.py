@@ -38,8 +38,8 @@ class Stat(NamedTuple):
     version: int
     generation: int
     """Tells two files apart that had the same inode number one after the other."""
-    has_generation: bool
-    """Is it the file system's own? Else it is a guess, or absent."""
+    has_generation: int
+    """1 if it is the file system's own, 0 if it is a guess, or absent."""
 
 
 class Statfs(NamedTuple):

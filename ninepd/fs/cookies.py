@@ -8,10 +8,13 @@ a number means the same position to all fids, after rewinding, and after entries
 import errno
 import threading
 from array import array
+from struct import Struct
+from typing import Final
 
-_AT = 13
-_ENTRY = 24
-"""An entry: qid[13] offset[8] type[1] name[s]."""
+_AT: Final = 13
+_REST: Final = Struct("<QBH")
+"""Behind the qid of an entry, which is qid[13] offset[8] type[1] name[s]."""
+_COOKIE: Final = Struct("<Q")
 
 
 class Cookies:
@@ -35,15 +38,14 @@ class Cookies:
         """Replace the positions in Rreaddir entries by their numbers."""
         out = bytearray(entries)
         numbers, positions = self._numbers, self._positions
-        at = 0
+        at, end = _AT, len(entries)
         with self._lock:
-            while at < len(entries):
-                where = slice(at + _AT, at + _AT + 8)
-                position = int.from_bytes(entries[where], "little")
+            while at < end:
+                position, _, length = _REST.unpack_from(entries, at)
                 number = numbers.get(position)
                 if number is None:
                     number = numbers[position] = len(positions)
                     positions.append(position)
-                out[where] = number.to_bytes(8, "little")
-                at += _ENTRY + entries[at + 22] + (entries[at + 23] << 8)
+                _COOKIE.pack_into(out, at, number)
+                at += _REST.size + length + _AT
         return bytes(out)

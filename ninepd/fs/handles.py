@@ -109,7 +109,7 @@ class Handle(Holder):
         self.kind = st.S_IFMT(stat.mode)
         """S_IFMT bits; an inode never changes them."""
         self.generation = stat.generation
-        self.has_generation = stat.has_generation
+        self.has_generation = bool(stat.has_generation)
         self.storage = storage
         self.refs = 1
         self.place: tuple[Handle, bytes] | None = None

@@ -24,7 +24,7 @@ _LARGE: Final = 1 << 63
 
 
 def _hash(*numbers: int) -> int:
-    data = b"".join(number.to_bytes(8, "little") for number in numbers)
+    data = b"".join([number.to_bytes(8, "little") for number in numbers])
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 

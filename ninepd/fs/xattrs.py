@@ -49,7 +49,7 @@ def xattrwalk(server: Server, message: Txattrwalk, _payload: Payload) -> Reply:
         value = os.getxattr(path, message.name)
     else:
         names = map(os.fsencode, os.listxattr(path))
-        value = b"".join(name + b"\0" for name in names if server.model.allows_xattr(name))
+        value = b"".join([name + b"\0" for name in names if server.model.allows_xattr(name)])
     server.check_xattr_room()
     reader = server.add(message.newfid, server.tree.handles.share(fid.handle), fid.uid)
     reader.opened = XattrValue(value)
