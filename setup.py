@@ -15,6 +15,7 @@ HOT = [
     "ninepd/pipeline.py",
     "ninepd/syscalls.py",
     "ninepd/vring.py",
+    "ninepd/p9/codecs.py",
     "ninepd/p9/session.py",
     *sorted(glob("ninepd/fs/*.py")),
 ]

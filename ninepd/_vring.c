@@ -52,9 +52,10 @@ typedef struct np_vring np_vring;
 enum { NP_READABLE, NP_WRITABLE };
 
 /* One request of a batch. fault: 0, or an errno: EFAULT (a buffer outside guest memory), E2BIG (too
- * many segments), EBADMSG (no whole 9P header), ENOMEM. Totals count the bytes before any hole. */
+ * many segments), EBADMSG (no whole 9P header), ENOMEM. Totals count the bytes before any hole.
+ * size, type and tag are what the copied header says, unchecked; 0 if it is not whole. */
 typedef struct {
-    uint32_t head, readable, writable, header_len, fault;
+    uint32_t head, readable, writable, header_len, fault, size, type, tag;
 } np_request;
 
 typedef struct {
@@ -350,8 +351,8 @@ static void np_signal(int fd) { send_signal(fd, signal_kind(fd)); }
 
 enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
 enum { AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
-enum { PREFIX = 7, TYPE = 4 }; /* of a 9P message: size[4] type[1] tag[2] */
-enum { FLAGS, INDEX, RING };   /* u16 places in the avail and used areas */
+enum { PREFIX = 7, TYPE = 4, TAG = 5 }; /* of a 9P message: size[4] type[1] tag[2] */
+enum { FLAGS, INDEX, RING };            /* u16 places in the avail and used areas */
 
 struct descriptor {
     uint64_t addr;
@@ -614,6 +615,13 @@ static uint32_t copy_header(np_vring *v, uint32_t head) {
     return (uint32_t)len;
 }
 
+static uint32_t little(const uint8_t *from, int bytes) {
+    uint32_t value = 0;
+    for (int i = 0; i < bytes; i++)
+        value |= (uint32_t)from[i] << (8 * i);
+    return value;
+}
+
 static int take(np_vring *v, uint32_t head, np_request *request) {
     if (head >= v->config.num)
         return broken(v, "head %u is available on a ring of %u", head, v->config.num);
@@ -655,9 +663,18 @@ static int take(np_vring *v, uint32_t head, np_request *request) {
     uint32_t header_len = copy_header(v, head);
     if (!fault[NP_READABLE] && header_len < PREFIX)
         fault[NP_READABLE] = EBADMSG;
-    *request = (np_request){head, (uint32_t)min(slot->stream[NP_READABLE].bytes, UINT32_MAX),
-                            (uint32_t)min(slot->stream[NP_WRITABLE].bytes, UINT32_MAX), header_len,
-                            fault[NP_READABLE] ? fault[NP_READABLE] : fault[NP_WRITABLE]};
+    const uint8_t *header = v->config.headers + (size_t)head * v->config.header_stride;
+    bool whole = header_len >= PREFIX;
+    *request = (np_request){
+        .head = head,
+        .readable = (uint32_t)min(slot->stream[NP_READABLE].bytes, UINT32_MAX),
+        .writable = (uint32_t)min(slot->stream[NP_WRITABLE].bytes, UINT32_MAX),
+        .header_len = header_len,
+        .fault = fault[NP_READABLE] ? fault[NP_READABLE] : fault[NP_WRITABLE],
+        .size = whole ? little(header, 4) : 0,
+        .type = whole ? header[TYPE] : 0,
+        .tag = whole ? little(header + TAG, 2) : 0,
+    };
     return 0;
 }
 

@@ -83,7 +83,7 @@ class Jobs:
         self._workers = ThreadPoolExecutor(
             size, thread_name_prefix=f"{name} worker", initializer=prepare
         )
-        self._by_tag: dict[int, Job] = {}
+        self.by_tag: dict[int, Job] = {}
         self._followers: dict[int, Job] = {}
         self._held: list[Job] = []
         self._waiting: list[Job] = []
@@ -95,11 +95,11 @@ class Jobs:
 
     def __len__(self) -> int:
         """How many are not answered yet."""
-        return len(self._by_tag)
+        return len(self.by_tag)
 
     def find(self, tag: int) -> Job | None:
         """The job with this tag, or the one that the Tflush with this tag waits for."""
-        return self._by_tag.get(tag) or self._followers.get(tag)
+        return self.by_tag.get(tag) or self._followers.get(tag)
 
     def follow(self, job: Job, head: int, tag: int) -> None:
         """A Tflush is to be answered right behind the job."""
@@ -113,7 +113,7 @@ class Jobs:
 
     def add(self, job: Job) -> None:
         """Take a job over and start it as soon as its fids allow."""
-        self._by_tag[job.tag] = job
+        self.by_tag[job.tag] = job
         if job.work is None:
             self._waiting.append(job)
             return
@@ -130,7 +130,7 @@ class Jobs:
                 self._forget(job)
                 yield job
                 self._start_held()
-                while self._waiting and len(self._by_tag) == len(self._waiting):
+                while self._waiting and len(self.by_tag) == len(self._waiting):
                     waiting = self._waiting.pop(0)
                     self._forget(waiting)
                     yield waiting
@@ -147,7 +147,7 @@ class Jobs:
         self._workers.shutdown(wait=False)
 
     def _forget(self, job: Job) -> None:
-        del self._by_tag[job.tag]
+        del self.by_tag[job.tag]
         for _, tag in job.flushes:
             self._followers.pop(tag, None)
         if job.work is None:

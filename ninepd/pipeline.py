@@ -1,7 +1,7 @@
 """The way of one request: from the available ring to the used ring, on the device thread.
 
     wait (C)      a batch of requests: chains checked, headers copied out of guest memory
-    _begin        header -> message; anything wrong with it -> the errno that the guest is told
+    _request      header -> message; anything wrong with it -> the errno that the guest is told
     handler       fs/: the system calls; data moves between file and guest pages in C
     _finish       reply -> bytes in the slot's reply buffer
     push (C)      replies scattered, used entries published, at most one notification
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
@@ -30,6 +30,7 @@ from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Payload, Reply, Server, Service
 from ninepd.jobs import Job, Jobs
+from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
     CODEC_OF,
     CODECS,
@@ -54,7 +55,6 @@ from ninepd.p9.messages import (
     Twrite,
     Twstat,
     Txattrcreate,
-    encode,
 )
 from ninepd.p9.session import Dialect
 from ninepd.payload import ChainPayload, PrivatePayload
@@ -81,27 +81,24 @@ _CHANGES_FID: Final = frozenset({Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate,
 """Messages after which a fid is not what it was: no other may use it meanwhile."""
 
 
-class Route(NamedTuple):
+class Route:
     """All that is known about one T-message beforehand."""
 
-    message: type[Any]
-    decode: Callable[[Any, int, int], Any]
-    handler: Handler | None
-    fid_fields: tuple[int, ...]
-    reply_size: int
-    """What its reply takes at least: checked first, so that nothing is done in vain."""
-
-
-def _route(message: type[Any], handler: Handler | None) -> Route:
-    codec = CODECS[NUMBERS[message]]
-    answer = CODECS.get(codec.number + 1)
-    size = RLERROR_SIZE if answer is None else max(RLERROR_SIZE, HEADER_SIZE + answer.size)
-    return Route(message, codec.decode, handler, fid_fields(message), size)
+    def __init__(self, message: type[Any], handler: Handler | None) -> None:
+        self.message = message
+        self.codec = CODEC_OF[message]
+        self.handler = handler
+        self.fid_fields = fid_fields(message)
+        answer = CODECS.get(self.codec.number + 1)
+        self.reply_size = max(RLERROR_SIZE, HEADER_SIZE + answer.size if answer else 0)
+        """What its reply takes at least: checked first, so that nothing is done in vain."""
+        self.is_walk = message is Twalk
+        self.is_write = message is Twrite
 
 
 ROUTES: Final[dict[Dialect, dict[int, Route]]] = {
     dialect: {
-        NUMBERS[message]: _route(message, handler)
+        NUMBERS[message]: Route(message, handler)
         for message, handler in {**handlers, Tversion: None, Tflush: None}.items()
     }
     for dialect, handlers in HANDLERS.items()
@@ -122,13 +119,18 @@ class Pipeline:
         self._vring = vring
         self._poll_us = poll_us
         self._name = name
+        self._header_stride = vring.header_stride
+        self._reply_stride = vring.reply_stride
+        self._replies = vring.replies
         self._payloads = [ChainPayload(vring, head) for head in range(num)]
         segments = max(num, _SEGMENTS) if indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
         self._handles = service.server.tree.handles
+        self._budget = self._handles.budget
         self._jobs = Jobs(name, num, _prepare_worker, vring.wake)
+        self._follow_session()
         self._done = 0
         self._device_thread: threading.Thread | None = None
         self._stopping = False
@@ -151,6 +153,7 @@ class Pipeline:
 
     def start(self, on_broken: Callable[[], None]) -> None:
         """Serve the ring until ``stop``. If it breaks, ``on_broken`` is called on its thread."""
+        self._follow_session()
         self._stopping = False
         self._device_thread = threading.Thread(
             target=self._run, args=(on_broken,), name=self._name, daemon=True
@@ -221,35 +224,62 @@ class Pipeline:
         DONE.pack_into(self._vring.done, self._done * DONE.size, head, copy, used)
         self._done += 1
 
-    def _request(self, head: int, readable: int, writable: int, copied: int, fault: int) -> None:
+    def _follow_session(self) -> None:
+        """Look up what each request needs to know of the session, which may be a new one."""
+        self._server = server = self._service.server
+        self._msize = server.session.msize
+        self._routes = ROUTES[server.session.dialect]
+
+    def _request(
+        self,
+        head: int,
+        readable: int,
+        writable: int,
+        copied: int,
+        fault: int,
+        size: int,
+        number: int,
+        tag: int,
+    ) -> None:
         if copied < HEADER_SIZE or writable < RLERROR_SIZE:
             log.info("%s: request dropped: no header, or no room for a reply", self._name)
             self._push(head, 0, 0)
             return
-        start = head * self._vring.header_stride
-        size, number, tag = HEADER.unpack_from(self._vring.headers, start)
-        server = self._service.server
+        server = self._server
+        jobs = self._jobs
         payload = self._payloads[head]
-        payload.room = min(writable, server.session.msize or writable) - IO_HEADER
+        payload.room = (self._msize if 0 < self._msize < writable else writable) - IO_HEADER
         payload.available = readable - WRITE_HEADER
         try:
-            if self._handles.budget.crowded:
-                self._handles.budget.make_room()
-            if fault:
-                raise ProtocolError("a buffer lies outside guest memory", fault)
-            route, message = self._begin(server, start, size, number, readable, copied, writable)
+            if self._budget.crowded:
+                self._budget.make_room()
+            route = self._routes.get(number)
+            if (
+                route is None
+                or fault
+                or not self._is_sound(route, readable, writable, copied, size)
+            ):
+                raise self._refusal(route, readable, writable, fault, size, number)
+            start = head * self._header_stride
+            end = start + (size if size < copied else copied)
+            message = route.codec.decode(self._vring.headers, start + HEADER_SIZE, end)
+            if route.is_walk and writable < _RWALK_FIXED + _QID_SIZE * len(message.names):
+                raise ProtocolError("the reply does not fit", errno.EMSGSIZE)
+            if route.is_write and message.nbytes > size - WRITE_HEADER:
+                raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} of data")
             if self._tracing:
                 trace.debug("%s: tag %d %s", self._name, tag, message)
-            if self._jobs.find(tag) is not None:
+            if jobs.by_tag and jobs.find(tag) is not None:
                 raise ProtocolError(f"tag {tag} is in use")
-            if route.handler is None:
+            handler = route.handler
+            if handler is None:
                 self._session_message(server, head, tag, message)
                 return
-            if (self._jobs or self._handles.remote) and self._must_leave(server, route, message):
-                work = partial(route.handler, server, message)
+            if (jobs.by_tag or self._handles.remote) and self._must_leave(server, route, message):
+                work = partial(handler, server, message)
                 self._hand_over(server, head, tag, route, message, work)
                 return
-            reply = route.handler(server, message, payload)
+            reply = handler(server, message, payload)
             if type(reply) is Later:
                 self._hand_over(server, head, tag, route, message, reply.work)
                 return
@@ -261,6 +291,32 @@ class Pipeline:
             log.exception("%s: a bug made this request fail: message type %d", self._name, number)
             reply = server.session.error(errno.EIO)
         self._finish(head, tag, reply)
+
+    def _is_sound(self, route: Route, readable: int, writable: int, copied: int, size: int) -> bool:
+        """May a request be decoded? If not, ``_refusal`` says why."""
+        return (
+            HEADER_SIZE <= size <= readable
+            and (size <= self._msize or (not self._msize and route.message is Tversion))
+            and writable >= route.reply_size
+            and (copied >= size or route.is_write)
+        )
+
+    def _refusal(
+        self, route: Route | None, readable: int, writable: int, fault: int, size: int, number: int
+    ) -> ProtocolError:
+        if fault:
+            return ProtocolError("a buffer lies outside guest memory", fault)
+        if not HEADER_SIZE <= size <= readable:
+            return ProtocolError(f"the size field says {size}, {readable} bytes came")
+        if self._msize and size > self._msize:
+            return ProtocolError(f"{size} bytes are more than msize", errno.EMSGSIZE)
+        if route is None:
+            return ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
+        if writable < route.reply_size:
+            return ProtocolError("the reply does not fit", errno.EMSGSIZE)
+        if not self._msize and route.message is not Tversion:
+            return ProtocolError("no Tversion came before")
+        return ProtocolError("the message is too long", errno.ENAMETOOLONG)
 
     def _must_leave(self, server: Server, route: Route, message: Any) -> bool:
         """Is it on storage that may hang, or does it have to wait for others that are?"""
@@ -287,38 +343,6 @@ class Pipeline:
         exclusive = _is_exclusive(fids, message)
         self._jobs.add(Job(head, tag, server, fids, private, work, exclusive))
 
-    def _begin(
-        self,
-        server: Server,
-        start: int,
-        size: int,
-        number: int,
-        readable: int,
-        copied: int,
-        writable: int,
-    ) -> tuple[Route, Any]:
-        """The message, if it is one that may be served: else ProtocolError."""
-        if not HEADER_SIZE <= size <= readable:
-            raise ProtocolError(f"the size field says {size}, {readable} bytes came")
-        session = server.session
-        if session.msize and size > session.msize:
-            raise ProtocolError(f"{size} bytes are more than msize", errno.EMSGSIZE)
-        route = ROUTES[session.dialect].get(number)
-        if route is None:
-            raise ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
-        if writable < route.reply_size:
-            raise ProtocolError("the reply does not fit", errno.EMSGSIZE)
-        if copied < size and route.message is not Twrite:
-            raise ProtocolError("the message is too long", errno.ENAMETOOLONG)
-        message = route.decode(self._vring.headers, start + HEADER_SIZE, start + min(size, copied))
-        if not session.msize and route.message is not Tversion:
-            raise ProtocolError("no Tversion came before")
-        if route.message is Twalk and writable < _RWALK_FIXED + _QID_SIZE * len(message.names):
-            raise ProtocolError("the reply does not fit", errno.EMSGSIZE)
-        if route.message is Twrite and message.nbytes > size - WRITE_HEADER:
-            raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} bytes of data")
-        return route, message
-
     def _session_message(self, server: Server, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
             job = self._jobs.find(message.oldtag)
@@ -328,7 +352,7 @@ class Pipeline:
                 self._jobs.follow(job, head, tag)
             return
         work = partial(self._version, message)
-        if self._jobs:
+        if self._jobs.by_tag:
             # A new session must not see replies of the old one.
             self._jobs.add(Job(head, tag, server, [], PrivatePayload(b"", 0), None, False, work))
         else:
@@ -341,6 +365,8 @@ class Pipeline:
             return server.version(message, self._msize_limit)
         except OSError as error:
             return server.session.error(to_errno(error))
+        finally:
+            self._follow_session()
 
     def _complete(self, job: Job) -> None:
         if job.last is not None:
@@ -354,32 +380,32 @@ class Pipeline:
         """Encode a reply into the slot; one that does not fit becomes an error."""
         if self._tracing:
             trace.debug("%s: tag %d %s", self._name, tag, reply)
-        vring = self._vring
         kind = type(reply)
-        start = head * vring.reply_stride
-        room = self._payloads[head].room + IO_HEADER
+        start = head * self._reply_stride
         if kind is Encoded:
             # Its space was checked beforehand, like that of all replies of a fixed size.
             size = HEADER_SIZE + reply.size
-            HEADER.pack_into(vring.replies, start, size, reply.number, tag)
+            HEADER.pack_into(self._replies, start, size, reply.number, tag)
             self._push(head, size, size)
             return
         codec = CODEC_OF[kind]
-        if codec.place is not None:
+        if isinstance(codec, FixedCodec):
             copy = used = HEADER_SIZE + codec.size
             if kind in WITH_DATA:
                 used += reply.nbytes
-            codec.place(vring.replies, start, used, tag, reply)
+            codec.place(self._replies, start, used, tag, reply)
             self._push(head, copy, used)
             return
-        data = encode(tag, reply)
+        data = codec.encode(reply)
+        data = HEADER.pack(HEADER_SIZE + len(data), codec.number, tag) + data
+        room = self._payloads[head].room + IO_HEADER
         if len(data) > room:
             self._finish_too_long(head, tag, reply, len(data) - room)
-        elif len(data) <= vring.reply_stride:
-            vring.replies[start : start + len(data)] = data
+        elif len(data) <= self._reply_stride:
+            self._replies[start : start + len(data)] = data
             self._push(head, len(data), len(data))
         else:
-            vring.scatter(head, 0, data)
+            self._vring.scatter(head, 0, data)
             self._push(head, 0, len(data))
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:

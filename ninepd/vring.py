@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     CData: TypeAlias = FFI.CData
     Ring: TypeAlias = CData | None  # None once closed: cffi refuses it
 
-REQUEST = Struct("=5I")  # head, readable, writable, header length, fault (an errno or 0)
+REQUEST = Struct("=8I")
+"""head, readable, writable, header length, fault (an errno or 0), and what the header says, as it
+came: size, type, tag."""
 DONE = Struct("=3I")  # head, bytes to copy from the reply arena, used length
 
 MESSAGE_TYPES = 256

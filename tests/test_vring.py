@@ -78,7 +78,10 @@ class Rig:
         self.driver.close()
         os.close(self.wake)
 
-    def take(self, spin: int = 0) -> list[tuple[int, int, int, int, int]]:
+    def take(self, spin: int = 0) -> list[tuple[int, ...]]:
+        return [entry[:5] for entry in self.take_whole(spin)]
+
+    def take_whole(self, spin: int = 0) -> list[tuple[int, ...]]:
         n = self.ring.wait(spin)
         return list(REQUEST.iter_unpack(self.ring.batch[: n * REQUEST.size]))
 
@@ -230,6 +233,13 @@ def test_closed_ring_is_a_type_error(rig: Rig) -> None:
 def test_zero_length_segments_are_skipped(rig: Rig) -> None:
     head = rig.driver.submit([b"", message(), b""], [0, 11, 0])
     assert rig.take() == [(head, 7, 11, 7, 0)]
+
+
+def test_header_is_reported_as_it_came(rig: Rig) -> None:
+    head = rig.driver.submit([b"\x78\x56\x34\x12", b"\xfe\xcd\xab", b"more"], [11])
+    assert rig.take_whole() == [(head, 11, 11, 11, 0, 0x12345678, 0xFE, 0xABCD)]
+    head = rig.driver.submit([b"\x07\0\0\0\x7f\x01"], [11])
+    assert rig.take_whole() == [(head, 6, 11, 6, errno.EBADMSG, 0, 0, 0)]
 
 
 def hole(rig: Rig, *segments: tuple[int, int, bool]) -> tuple[int, int, int, int]:

@@ -190,14 +190,14 @@ class Server:
         fid = self.session.get(number)
         if not fid.handle.is_directory:
             raise NotADirectoryError(errno.ENOTDIR, f"fid {number} is no directory")
-        if isinstance(fid.opened, XattrValue | XattrWriter):
+        if isinstance(fid.opened, (XattrValue, XattrWriter)):
             raise OSError(errno.EINVAL, f"fid {number} is an extended attribute")
         return fid
 
     def file(self, number: int) -> Fid:
         """A fid that holds a file-system object, not an extended attribute (EINVAL)."""
         fid = self.session.get(number)
-        if isinstance(fid.opened, XattrValue | XattrWriter):
+        if isinstance(fid.opened, (XattrValue, XattrWriter)):
             raise OSError(errno.EINVAL, f"fid {number} is an extended attribute")
         return fid
 

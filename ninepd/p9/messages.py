@@ -11,14 +11,23 @@ Wire format: ``size[4] type[1] tag[2] body``, little endian, ``size`` counts its
 """
 
 import errno
-from collections.abc import Callable
 from enum import IntEnum
-from struct import Struct
-from typing import Annotated, Any, Final, NamedTuple, TypeAlias, get_type_hints
+from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 
 from ninepd.errors import ProtocolError
+from ninepd.p9.codecs import (
+    HEADER,
+    HEADER_SIZE,
+    QID,
+    VARIABLE,
+    Buffer,
+    Codec,
+    FixedCodec,
+    Qid,
+    VariableCodec,
+)
 
-Buffer: TypeAlias = bytes | bytearray | memoryview
+__all__ = ["HEADER", "HEADER_SIZE", "QID", "Qid"]  # to be had here too, with the messages
 
 U8 = Annotated[int, "B"]
 U16 = Annotated[int, "H"]
@@ -28,24 +37,12 @@ String = Annotated[bytes, "string"]
 Names = Annotated[tuple[bytes, ...], "names"]
 
 
-class Qid(NamedTuple):
-    """What the server calls one file: type bits, version of its content, unique path number."""
-
-    type: U8
-    version: U32
-    path: U64
-
-
 Qids = Annotated[tuple[Qid, ...], "qids"]
 
-HEADER: Final = Struct("<IBH")
-HEADER_SIZE: Final = HEADER.size
-QID: Final = Struct("<BIQ")
 NOTAG: Final = 0xFFFF
 NOFID: Final = 0xFFFFFFFF
 NO_ID: Final = 0xFFFFFFFF
 """n_uname, uid or gid that stands for "none given"."""
-MAX_WALK: Final = 16
 IO_HEADER: Final = 11
 """Bytes before the data of an Rread or Rreaddir: header and count[4]."""
 WRITE_HEADER: Final = 23
@@ -600,164 +597,11 @@ WITH_DATA: Final = frozenset({Rread, Rreaddir})
 """Replies whose data, ``nbytes`` bytes, stands in guest memory behind the encoded part."""
 
 
-class Codec(NamedTuple):
-    """How one message class goes to bytes and back."""
-
-    message: type[Any]
-    number: int
-    size: int
-    """Bytes of the shortest body: strings and lists empty, optional fields there."""
-    decode: Callable[[Buffer, int, int], Any]
-    """(buffer, start of the body, end of the message) to a message; raises ProtocolError."""
-    encode: Callable[[Any], bytes]
-    """A message to the bytes of its body."""
-    place: Callable[[memoryview, int, int, int, Any], None] | None
-    """(buffer, position, size, tag, message): writes it there with its header, where no field
-    varies in length; then ``size`` is known beforehand."""
-
-
-def _fixed(message: type[Any], number: int, layout: str, qid: int | None) -> tuple[Any, Any, Any]:
-    """Codec of a body without strings: one Struct call. ``qid`` is the position of one."""
-    fields = Struct("<" + layout)
-    unpack_from, pack, size, make = fields.unpack_from, fields.pack, fields.size, message._make
-    required = Struct("<" + layout[: len(layout) - len(message._field_defaults)])
-
-    def decode(buffer: Buffer, start: int, end: int) -> Any:
-        if end - start < size:
-            if end - start == required.size:
-                return message(*required.unpack_from(buffer, start))
-            raise ProtocolError(f"{message.__name__} is {size - (end - start)} bytes short")
-        values = unpack_from(buffer, start)
-        if qid is not None:
-            values = (*values[:qid], Qid._make(values[qid : qid + 3]), *values[qid + 3 :])
-        return make(values)
-
-    def flat(value: Any) -> Any:
-        return value if qid is None else (*value[:qid], *value[qid], *value[qid + 1 :])
-
-    def encode(value: Any) -> bytes:
-        return pack(*flat(value))
-
-    pack_into = Struct(HEADER.format + layout).pack_into
-
-    def place(buffer: memoryview, at: int, size: int, tag: int, value: Any) -> None:
-        pack_into(buffer, at, size, number, tag, *flat(value))
-
-    return decode, encode, place
-
-
-def _string(buffer: Buffer, at: int, end: int) -> tuple[bytes, int]:
-    start = at + 2
-    if start > end:
-        raise ProtocolError("the message ends inside a string length")
-    stop = start + int.from_bytes(buffer[at:start], "little")
-    if stop > end:
-        raise ProtocolError("a string runs past the end of the message")
-    return bytes(buffer[start:stop]), stop
-
-
-def _names(buffer: Buffer, at: int, end: int) -> tuple[tuple[bytes, ...], int]:
-    start = at + 2
-    if start > end:
-        raise ProtocolError("the message ends inside a name count")
-    count = int.from_bytes(buffer[at:start], "little")
-    if count > MAX_WALK:
-        raise ProtocolError(f"{count} names in one walk, {MAX_WALK} are allowed")
-    names = []
-    for _ in range(count):
-        name, start = _string(buffer, start, end)
-        names.append(name)
-    return tuple(names), start
-
-
-def _qids(buffer: Buffer, at: int, end: int) -> tuple[tuple[Qid, ...], int]:
-    start = at + 2
-    if start > end:
-        raise ProtocolError("the message ends inside a qid count")
-    stop = start + int.from_bytes(buffer[at:start], "little") * QID.size
-    if stop > end:
-        raise ProtocolError("the qids run past the end of the message")
-    return tuple(map(Qid._make, QID.iter_unpack(buffer[start:stop]))), stop
-
-
-def _encode_string(value: bytes) -> bytes:
-    return len(value).to_bytes(2, "little") + value
-
-
-def _encode_names(value: tuple[bytes, ...]) -> bytes:
-    return len(value).to_bytes(2, "little") + b"".join(map(_encode_string, value))
-
-
-def _encode_qids(value: tuple[Qid, ...]) -> bytes:
-    return len(value).to_bytes(2, "little") + b"".join(QID.pack(*qid) for qid in value)
-
-
-_VARIABLE: Final[dict[str, tuple[Any, Any]]] = {
-    "string": (_string, _encode_string),
-    "names": (_names, _encode_names),
-    "qids": (_qids, _encode_qids),
-}
-
-
-def _variable(message: type[Any], kinds: list[str]) -> tuple[Any, Any]:
-    """Codec of a body with strings: runs of fixed fields, each one Struct call, between them."""
-    steps: list[tuple[Struct | None, Any, Any, int]] = []
-    run = ""
-    for kind in [*kinds, ""]:
-        if len(kind) == 1:
-            run += kind
-            continue
-        if run:
-            fields = Struct("<" + run)
-            steps.append((fields, None, None, len(run)))
-            run = ""
-        if kind:
-            steps.append((None, *_VARIABLE[kind], 1))
-    required = len(kinds) - len(message._field_defaults)
-
-    def decode(buffer: Buffer, start: int, end: int) -> Any:
-        # Bytes, because slices of a memoryview cost twice as much.
-        buffer, start, end = bytes(buffer[start:end]), 0, end - start
-        values: list[Any] = []
-        for fields, read, _, _ in steps:
-            if start == end and len(values) == required:
-                break
-            if fields is None:
-                value, start = read(buffer, start, end)
-                values.append(value)
-                continue
-            stop = start + fields.size
-            if stop > end:
-                raise ProtocolError(f"{message.__name__} is cut short")
-            values += fields.unpack_from(buffer, start)
-            start = stop
-        return message(*values)
-
-    def encode(value: Any) -> bytes:
-        parts: list[bytes] = []
-        at = 0
-        for fields, _, write, width in steps:
-            if fields is None:
-                parts.append(write(value[at]))
-            else:
-                parts.append(fields.pack(*value[at : at + width]))
-            at += width
-        return b"".join(parts)
-
-    return decode, encode
-
-
 def _codec(message: type[Any], number: int) -> Codec:
     hints = get_type_hints(message, include_extras=True)
     kinds = ["BIQ" if hint is Qid else hint.__metadata__[0] for hint in hints.values()]
-    if any(kind in _VARIABLE for kind in kinds):
-        decode, encode = _variable(message, kinds)
-        place = None
-    else:
-        qid = kinds.index("BIQ") if "BIQ" in kinds else None
-        decode, encode, place = _fixed(message, number, "".join(kinds), qid)
-    size = sum(2 if kind in _VARIABLE else Struct("<" + kind).size for kind in kinds)
-    return Codec(message, number, size, decode, encode, place)
+    kind_of_codec = VariableCodec if any(kind in VARIABLE for kind in kinds) else FixedCodec
+    return kind_of_codec(message, number, kinds)
 
 
 CODEC_OF: Final[dict[type[Any], Codec]] = {
