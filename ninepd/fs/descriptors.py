@@ -14,7 +14,6 @@ import logging
 import os
 import threading
 from abc import abstractmethod
-from collections import OrderedDict
 from typing import Final
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def on_worker() -> bool:
 class Holder:
     """Owner of a descriptor that can be closed and had again. Subclasses know how."""
 
-    __slots__ = ("_budget", "_fd", "pins", "recent")
+    __slots__ = ("_budget", "_fd", "at", "pins", "recent")
 
     def __init__(self, budget: "Budget", fd: int) -> None:
         """Take over ``fd``."""
@@ -52,6 +51,8 @@ class Holder:
         self.pins = 0
         """Users on other threads, and other reasons not to put it aside."""
         self.recent = True
+        self.at = 0
+        """Where it stands among the open ones; the budget's."""
         budget.add(self)
 
     @property
@@ -121,7 +122,9 @@ class Budget:
         self._frozen = False
         self.resting = 0
         """Holders that are put aside."""
-        self._open: OrderedDict[Holder, None] = OrderedDict()
+        self._open: list[Holder] = []
+        self._hand = 0
+        """Who is looked at next, round and round."""
         self._calls_to_skip = 0
 
     @property
@@ -130,11 +133,15 @@ class Budget:
 
     def add(self, holder: Holder) -> None:
         with self.lock:
-            self._open[holder] = None
+            holder.at = len(self._open)
+            self._open.append(holder)
 
     def remove(self, holder: Holder) -> None:
         with self.lock:
-            self._open.pop(holder, None)
+            last = self._open.pop()
+            if last is not holder:  # it fills the gap
+                self._open[holder.at] = last
+                last.at = holder.at
 
     @property
     def crowded(self) -> bool:
@@ -169,11 +176,12 @@ class Budget:
             for _ in range(2 * len(self._open)):
                 if len(self._open) <= wanted:
                     return
-                holder = next(iter(self._open))
-                self._open.move_to_end(holder)
-                if holder.recent:
-                    holder.recent = False
-                elif not holder.pins and holder.may_rest():
-                    holder.rest()
+                self._hand = self._hand % len(self._open)
+                holder = self._open[self._hand]
+                if not holder.recent and not holder.pins and holder.may_rest():
+                    holder.rest()  # another one takes its place
+                    continue
+                holder.recent = False
+                self._hand += 1
             # Nearly all are busy: the next look would find the same, so it can wait a little.
             self._calls_to_skip = self.limit // 16

@@ -74,13 +74,24 @@ def _listed_type(mnt_id: int) -> str | None:
     return None
 
 
-Key: TypeAlias = tuple[int, int, int]
-"""(mount, device, inode). The mount belongs to it: one inode may be seen through a writable and
-through a read-only mount."""
+Key: TypeAlias = int
+"""Mount, device and inode, 64 bits each, as one number because that is the smallest object. The
+mount belongs to it: one inode may be seen through a writable and through a read-only mount."""
 
 
 def key_of(stat: Stat) -> Key:
-    return stat.mnt_id, stat.dev, stat.ino
+    return stat.mnt_id << 128 | stat.dev << 64 | stat.ino
+
+
+class Device:
+    """A device that handles are on."""
+
+    __slots__ = ("handles", "number", "storage")
+
+    def __init__(self, number: int, storage: Storage) -> None:
+        self.number = number
+        self.storage = storage
+        self.handles = 0
 
 
 class Handle(Holder):
@@ -89,6 +100,7 @@ class Handle(Holder):
     __slots__ = (
         "_restorer",
         "cookies",
+        "device",
         "generation",
         "has_generation",
         "key",
@@ -96,12 +108,11 @@ class Handle(Holder):
         "opened",
         "place",
         "refs",
-        "storage",
         "token",
     )
 
     def __init__(
-        self, budget: Budget, fd: int, stat: Stat, storage: Storage, restorer: "HandleTable"
+        self, budget: Budget, fd: int, stat: Stat, device: Device, restorer: "HandleTable"
     ) -> None:
         super().__init__(budget, fd)
         self._restorer = restorer
@@ -110,7 +121,7 @@ class Handle(Holder):
         """S_IFMT bits; an inode never changes them."""
         self.generation = stat.generation
         self.has_generation = bool(stat.has_generation)
-        self.storage = storage
+        self.device = device
         self.refs = 1
         self.place: tuple[Handle, bytes] | None = None
         """Where it was found last, if it may have to be found again by name."""
@@ -120,6 +131,15 @@ class Handle(Holder):
         """Of a directory that was read."""
         self.opened: tuple[Holder, ...] = ()
         """The files that are open on it."""
+
+    @property
+    def storage(self) -> Storage:
+        return self.device.storage
+
+    @property
+    def mount(self) -> int:
+        """Number of the mount it was found on."""
+        return self.key >> 128
 
     @property
     def path(self) -> str:
@@ -178,16 +198,6 @@ class Opened(Holder):
         return self._reopen(self.handle, self.flags & ~os.O_TRUNC)
 
 
-class _Device:
-    """A device that handles are on."""
-
-    __slots__ = ("handles", "storage")
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.handles = 0
-
-
 class _Mount:
     """A mount that handles are on; ``fd`` is what open_by_handle_at wants, -1 if that fails."""
 
@@ -210,14 +220,14 @@ class HandleTable:
         self._multidevs = multidevs
         self._lock = threading.Lock()
         self._handles: dict[Key, Handle] = {}
-        self._devices: dict[int, _Device] = {}
+        self._devices: dict[int, Device] = {}
         self._warned: set[int] = set()
         self._mounts: dict[int, _Mount] = {}
 
     def __len__(self) -> int:
         return len(self._handles)
 
-    def adopt(self, fd: int, stat: Stat, parent: Handle | None = None, name: bytes = b"") -> Handle:
+    def adopt(self, fd: int, stat: Stat, place: tuple[Handle, bytes] | None = None) -> Handle:
         """The Handle of a fresh O_PATH descriptor, which is taken over, even by an error.
 
         ENODEV if it is on a device that may not be reached, EMFILE if no descriptor can be spared.
@@ -238,15 +248,15 @@ class HandleTable:
             try:
                 self.budget.check()
                 device = self._admit(fd, stat)
-                handle = Handle(self.budget, fd, stat, device.storage, self)
+                handle = Handle(self.budget, fd, stat, device, self)
             except OSError:
                 os.close(fd)
                 raise
             device.handles += 1
             self._handles[key] = handle
-            if parent is not None and not self._by_handle:
-                parent.refs += 1
-                handle.place = parent, name
+            if place is not None and not self._by_handle:
+                place[0].refs += 1
+                handle.place = place
             if on_worker():
                 # Nothing but this would keep it open while the worker goes on with it.
                 handle.pins = 1
@@ -254,7 +264,7 @@ class HandleTable:
                 self._enter_mount(handle)
             return handle
 
-    def _admit(self, fd: int, stat: Stat) -> "_Device":
+    def _admit(self, fd: int, stat: Stat) -> Device:
         device = self._devices.get(stat.dev)
         if device is not None:
             return device
@@ -267,7 +277,7 @@ class HandleTable:
                     "another device is mounted below the export: two files may show the guest "
                     "one inode number (--multidevs warn)"
                 )
-        device = self._devices[stat.dev] = _Device(_storage_of(fd, stat.mnt_id))
+        device = self._devices[stat.dev] = Device(stat.dev, _storage_of(fd, stat.mnt_id))
         self.remote |= device.storage is Storage.REMOTE
         return device
 
@@ -286,11 +296,11 @@ class HandleTable:
                     return
                 if self._handles.get(handle.key) is handle:
                     del self._handles[handle.key]
-                device = self._devices[handle.key[1]]
+                device = handle.device
                 device.handles -= 1
                 if not device.handles:
                     # Its number may come to another file system.
-                    del self._devices[handle.key[1]]
+                    del self._devices[device.number]
                 if self._by_handle:
                     self._leave_mount(handle)
             handle.discard()
@@ -303,17 +313,17 @@ class HandleTable:
     # Mounts
 
     def _enter_mount(self, handle: Handle) -> None:
-        mount = self._mounts.get(handle.key[0])
+        mount = self._mounts.get(handle.mount)
         if mount is None:
-            mount = self._mounts[handle.key[0]] = _Mount(_mount_fd(handle))
+            mount = self._mounts[handle.mount] = _Mount(_mount_fd(handle))
         mount.handles += 1
 
     def _leave_mount(self, handle: Handle) -> None:
-        mount = self._mounts[handle.key[0]]
+        mount = self._mounts[handle.mount]
         mount.handles -= 1
         if not mount.handles:
             # An open descriptor would keep the host from unmounting.
-            del self._mounts[handle.key[0]]
+            del self._mounts[handle.mount]
             if mount.fd >= 0:
                 os.close(mount.fd)
 
@@ -328,7 +338,7 @@ class HandleTable:
                 return False
             handle.token = syscalls.file_handle(handle.fd)
             if self._by_handle:
-                return self._mounts[handle.key[0]].fd >= 0
+                return self._mounts[handle.mount].fd >= 0
             return handle.place is not None and self.is_at(handle, *handle.place)
         except OSError:
             return False
@@ -350,7 +360,7 @@ class HandleTable:
             if file.is_open:
                 return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
         if self._by_handle:
-            mount_fd = self._mounts[handle.key[0]].fd
+            mount_fd = self._mounts[handle.mount].fd
             return self._verified(
                 handle, syscalls.open_by_handle(mount_fd, handle.token, os.O_PATH)
             )
@@ -433,7 +443,7 @@ def _mount_fd(handle: Handle) -> int:
     try:
         os.close(syscalls.open_by_handle(fd, syscalls.file_handle(handle.fd), os.O_PATH))
     except OSError as error:
-        log.info("handles on mount %d stay open: %s", handle.key[0], error)
+        log.info("handles on mount %d stay open: %s", handle.mount, error)
         os.close(fd)
         return -1
     return fd

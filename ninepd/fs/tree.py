@@ -79,7 +79,7 @@ class Tree:
             return self.handles.share(directory), syscalls.stat(directory.fd)
         check_name(name)
         fd, stat = syscalls.walk(directory.fd, name)
-        return self.handles.adopt(fd, stat, directory, name), stat
+        return self.handles.adopt(fd, stat, (directory, name)), stat
 
     def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
         """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.
@@ -128,7 +128,7 @@ class Tree:
 
     def shows(self, stat: Stat) -> bool:
         """May a directory list this file? With multidevs=forbid only what a walk would find."""
-        return not self._forbids or stat.dev == self.root.key[1]
+        return not self._forbids or stat.dev == self.root.device.number
 
     def find(self, handle: Handle) -> tuple[Handle, bytes]:
         """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
@@ -196,7 +196,7 @@ class Tree:
         try:
             path_fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
             stat = syscalls.stat(path_fd)
-            handle = self.handles.adopt(path_fd, stat, directory, name)
+            handle = self.handles.adopt(path_fd, stat, (directory, name))
         except OSError:
             os.close(fd)
             raise

@@ -85,7 +85,10 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
             if place is not None:
                 handles.release(place[0])
             # Behind "." and ".." the hint is wrong, and whoever uses it will find that out.
-            handle, place = found, (handle, name)
+            place = (handle, name)
+            if found.place == place:  # one tuple instead of two: there may be a million fids
+                place = found.place
+            handle = found
             qids.append(tree.qids.qid(stat))
         if replaces:
             start.handle, handle = handle, start.handle

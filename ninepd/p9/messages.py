@@ -15,19 +15,11 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, NamedTuple, get_type_hints
 
 from ninepd.errors import ProtocolError
-from ninepd.p9.codecs import (
-    HEADER,
-    HEADER_SIZE,
-    QID,
-    VARIABLE,
-    Buffer,
-    Codec,
-    FixedCodec,
-    Qid,
-    VariableCodec,
-)
-
-__all__ = ["HEADER", "HEADER_SIZE", "QID", "Qid"]  # to be had here too, with the messages
+from ninepd.p9.codecs import HEADER as HEADER
+from ninepd.p9.codecs import HEADER_SIZE as HEADER_SIZE
+from ninepd.p9.codecs import QID as QID
+from ninepd.p9.codecs import VARIABLE, Buffer, Codec, FixedCodec, VariableCodec
+from ninepd.p9.codecs import Qid as Qid
 
 U8 = Annotated[int, "B"]
 U16 = Annotated[int, "H"]
