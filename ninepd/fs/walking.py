@@ -5,7 +5,7 @@ from functools import partial
 
 from ninepd.fs.descriptors import on_worker
 from ninepd.fs.fid import XattrWriter
-from ninepd.fs.handles import Storage
+from ninepd.fs.handles import Handle, HandleTable, Storage
 from ninepd.fs.server import Later, Payload, Reply, Server
 from ninepd.fs.xattrs import commit
 from ninepd.p9.messages import (
@@ -73,16 +73,17 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
     elif start.opened is not None:
         raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
     tree, handles = server.tree, server.tree.handles
-    handle, place = handles.share(start.handle), start.place
-    if place is not None:
-        handles.share(place[0])
+    handle, place = start.handle, start.place  # still the old fid's
     qids: list[Qid] = []
     try:
         for name in message.names:
             if handle.storage is Storage.REMOTE and not on_worker():
+                _let_go(handles, handle, place, bool(qids))
                 return Later(partial(walk, server, message))
             found, stat = tree.walk(handle, name)
-            if place is not None:
+            if not qids:
+                handles.share(handle)
+            elif place is not None:
                 handles.release(place[0])
             # Behind "." and ".." the hint is wrong, and whoever uses it will find that out.
             place = (handle, name)
@@ -90,20 +91,32 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
                 place = found.place
             handle = found
             qids.append(tree.qids.qid(stat))
-        if replaces:
-            start.handle, handle = handle, start.handle
-            start.place, place = place, start.place
-        else:
-            kept, place = place, None
-            server.add(message.newfid, handles.share(handle), start.uid, kept)
     except OSError:
-        if not qids or len(qids) == len(message.names):
+        _let_go(handles, handle, place, bool(qids))
+        if not qids:
             raise
-    finally:
+        return Rwalk(tuple(qids))
+    if not qids:
+        handles.share(handle)
+        if place is not None:
+            handles.share(place[0])
+    if replaces:
+        handle, start.handle = start.handle, handle
+        place, start.place = start.place, place
+        _let_go(handles, handle, place, True)
+    else:
+        server.add(message.newfid, handle, start.uid, place)
+    return Rwalk(tuple(qids))
+
+
+def _let_go(
+    handles: HandleTable, handle: Handle, place: tuple[Handle, bytes] | None, ours: bool
+) -> None:
+    """Give up what a walk holds, if it is the walk's own."""
+    if ours:
         handles.release(handle)
         if place is not None:
             handles.release(place[0])
-    return Rwalk(tuple(qids))
 
 
 def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
@@ -115,7 +128,7 @@ def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
     try:
         if isinstance(fid.opened, XattrWriter):
             commit(fid.handle, fid.opened)
-        else:
+        elif fid.opened is not None:
             server.close_file(fid)
     finally:
         server.retire(fid)
