@@ -112,6 +112,15 @@ class Fuse:
     def freeze(self) -> None:
         """It does not even take requests from the kernel, until ``release``."""
         self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        # "pid (name) state": a thread that still runs could answer one more request.
+        eventually(
+            lambda: all(
+                (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+                for task in tasks.iterdir()
+            ),
+            "the file system stops",
+        )
 
     def fail(self, op: str, path: str, code: int) -> None:
         self._command("fail", op, path, code)
