@@ -186,8 +186,8 @@ def export(folder: str, socket_path: str, *options: str, tag: str = "bench") -> 
 
 
 @contextlib.contextmanager
-def virtiofsd(folder: str, socket_path: str, tag: str, cache: str) -> Iterator[str]:
-    """Debian's; the result is its socket."""
+def virtiofsd(folder: str, socket_path: str, tag: str, cache: str) -> Iterator[int]:
+    """Debian's; the result is its process."""
 
     def make(result: str, scratch: str) -> None:
         unpack(Archive().download_closure("virtiofsd", os.path.join(scratch, "debs")), result)
@@ -205,7 +205,7 @@ def virtiofsd(folder: str, socket_path: str, tag: str, cache: str) -> Iterator[s
             if process.poll() is not None or time.monotonic() > limit:
                 raise GuestError("virtiofsd did not start; its message is above")
             time.sleep(0.01)
-        yield socket_path
+        yield process.pid
     finally:
         _end(process)
 

@@ -28,6 +28,7 @@
 #include <linux/magic.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -782,13 +783,15 @@ static int idle(np_vring *v, uint64_t max_ns) {
     uint64_t window_ns = min(v->window_ns, max_ns);
     if (!window_ns && ++v->shut % 16 == 0)
         window_ns = max_ns;
-    while (now_ns() - start < window_ns)
+    while (now_ns() - start < window_ns) {
         for (int i = 0; i < 16; i++, relax())
             if (something(v)) {
                 v->window_ns = window_ns;
                 v->counters->spin_hits++;
                 return 0;
             }
+        sched_yield(); /* who waits for this CPU may be the guest itself */
+    }
     int result = 0;
     allow_kicks(v, true);
     atomic_store(&v->asleep, true);

@@ -192,7 +192,7 @@ def write(server: Server, message: Twrite, payload: Payload) -> Reply:
         return xattrs.write(fid.opened, message, payload)
     file = _open_file(fid)
     _check_offset(message.offset, message.nbytes)
-    if file.synchronous:
+    if file.synchronous and fid.handle.storage is not Storage.MEMORY:
         return Later(partial(_write_all, file.fd, message))
     return _write_all(file.fd, message, payload)
 
@@ -263,10 +263,11 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
     return bytes(out)
 
 
-def fsync(server: Server, message: Tfsync, _payload: Payload) -> Reply:
-    """On a worker, always. Directories too."""
+def fsync(server: Server, message: Tfsync, payload: Payload) -> Reply:
+    """On a worker, unless the file is in memory only. Directories too."""
     fid = server.fid(message.fid)
-    return Later(partial(_flush, opened(fid).fd, bool(message.datasync)))
+    flush = partial(_flush, opened(fid).fd, bool(message.datasync))
+    return flush(payload) if fid.handle.storage is Storage.MEMORY else Later(flush)
 
 
 def _flush(fd: int, data_only: bool, _payload: Payload) -> Reply:
