@@ -1,7 +1,7 @@
 """One virtio-9p device behind one vhost-user connection: applies what the session decided.
 
 Every message that could disturb the ring is applied while the ring is parked, and afterwards the
-ring runs again if it is wanted: one rule for all of them (vhost-user.md 3.1). Runs on the loop
+ring runs again if it is wanted: one rule for all of them. Runs on the loop
 thread; the requests themselves are served by ``Pipeline`` on a thread of their own.
 """
 
@@ -227,7 +227,7 @@ class Device:
                 if self._pipeline is not None:
                     self._pipeline.set_call(self._call)
                 if self._call != _NONE:
-                    # A notification may have gone to the old one just before (vhost-user.md 1.3).
+                    # A notification may have gone to the old one just before.
                     signal_err(self._call)
             case SetErr(err):
                 self._err = _replace(self._err, err)

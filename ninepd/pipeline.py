@@ -9,7 +9,7 @@
 A request that may block leaves the thread at ``_hand_over`` and comes back through ``_complete``
 (jobs.py). Each request is answered exactly once. A Tflush of a request that is out is answered
 right behind it, never before: the client frees the request's memory when it sees the Rflush
-(9p.md 1.7).
+(net/9p/client.c, p9_client_flush).
 """
 
 import errno
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 trace = logging.getLogger("ninepd.trace")
 
 GRACE_SECONDS: Final = 1.0
-"""How long a ring that is told to stop waits for work that is out (vhost-user.md 3.6)."""
+"""How long a ring that is told to stop waits for work that is out."""
 HEADER_LIMITS: Final = {NUMBERS[Twrite]: WRITE_HEADER}
 """How much of a request is copied out of guest memory, where that is not all of it."""
 ERRORS: Final = frozenset({Rerror, RerrorPlain})
@@ -204,8 +204,9 @@ class Pipeline:
                     self._request(*entry)
                     if self.stuck:
                         return
-                for job in self._jobs.completed():
-                    self._complete(job)
+                if self._jobs.by_tag:
+                    for job in self._jobs.completed():
+                        self._complete(job)
                 self._publish()
         except RingBroken as error:
             self.broken = str(error)
@@ -428,7 +429,7 @@ def _is_exclusive(fids: list[Fid], message: Any) -> bool:
     if kind is Twalk:
         return bool(message.fid == message.newfid)
     if kind is Twrite:
-        # Appending writes must reach the file in the order in which they came (9p.md 1.3).
+        # Appending writes must reach the file in the order in which they came (open(2)).
         return any(isinstance(f.opened, Opened) and f.opened.flags & os.O_APPEND for f in fids)
     return kind in _CHANGES_FID
 

@@ -588,7 +588,7 @@ def test_failed_create_leaves_the_fid_a_directory(fuse: Fuse, client: Client) ->
     client.walk(1, 2, b"file")
 
 
-# Inode numbers (9p.md section 5, rows 15 and 17)
+# Inode numbers
 
 HIGH = 0x8000_0000_0000_0005
 NUMBERED: dict[str, dict[str, Any]] = {

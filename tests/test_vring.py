@@ -1,4 +1,4 @@
-"""The virtqueue against an honest, a broken and a hostile driver (vhost-user.md 3.2, 3.4, 6.2)."""
+"""The virtqueue against an honest, a broken and a hostile driver."""
 
 import contextlib
 import errno
@@ -884,7 +884,7 @@ def pattern(n: int, seed: int = 1) -> bytes:
 
 @pytest.mark.parametrize("align", [1, 4096])
 def test_zero_copy_read_and_write(rig: Rig, file: int, align: int) -> None:
-    """As Linux lays them out: a header buffer, then pages, here one in two (2.2 of 9p.md)."""
+    """As net/9p/trans_virtio.c lays them out: a header buffer, then pages, here one in two."""
     data = pattern(125 * 4096)
     pages = [data[i : i + 4096] for i in range(0, len(data), 4096)]
     request = message(bytes(16), TWRITE)

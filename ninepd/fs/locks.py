@@ -3,7 +3,7 @@
 The guest kernel settles conflicts between its own processes before it asks us, so what matters here
 is the guest as a whole against other guests and host processes. Per inode there is one lock
 descriptor, with the union of what the guest's owners hold; conflicts between two owners of one
-guest that reach us all the same (old clients) are answered from the table (9p.md 1.7).
+guest that reach us all the same (old clients) are answered from the table.
 
 The descriptor is separate from the fids' own: closing any of those must not drop a lock, and a
 write lock on a read-only fid (flock(2) allows it) needs a descriptor that is open for writing.

@@ -2,8 +2,7 @@
 
 Three things can be done with the O_PATH descriptor of a handle: stat it, look names up in it, and
 go through ``/proc/self/fd/N`` for the calls that want a path (xattrs, chmod, truncate, link,
-reopening). That magic link ends at the held object itself, even if it is a symbolic link (proc(5);
-security.md 3).
+reopening). That magic link ends at the held object itself, even if it is a symbolic link (proc(5)).
 """
 
 import errno

@@ -38,7 +38,7 @@ def auth(_server: Server, _message: Tauth, _payload: Payload) -> Reply:
 def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     """A fid on the root of the export, or on the directory below it that ``aname`` names.
 
-    The Linux client attaches once for each guest user; ``n_uname`` is that user (9p.md 1.4).
+    The Linux client attaches once for each guest user; ``n_uname`` is that user (fs/9p/fid.c).
     """
     server.session.check_free(message.fid)
     if message.afid != NOFID:

@@ -45,7 +45,7 @@ WRITE_HEADER: Final = 23
 
 
 class QidType:
-    """The bits of qid.type that a Linux client looks at (9p.md 1.3: no others are set)."""
+    """The bits of qid.type that a Linux client looks at (fs/9p/vfs_inode.c); no others are set."""
 
     DIR: Final = 0x80
     SYMLINK: Final = 0x02
@@ -72,15 +72,6 @@ class OpenFlag:
     NOATIME: Final = 0x40000
     CLOEXEC: Final = 0x80000
     SYNC: Final = 0x100000
-
-
-class GetattrMask:
-    """request_mask and valid of Tgetattr and Rgetattr."""
-
-    BASIC: Final = 0x7FF
-    BTIME: Final = 0x800
-    GEN: Final = 0x1000
-    DATA_VERSION: Final = 0x2000
 
 
 class SetattrValid:

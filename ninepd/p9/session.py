@@ -15,7 +15,7 @@ F = TypeVar("F")
 
 MAX_FIDS: Final = 1 << 20
 _ENAME_MAX: Final = 126
-"""Linux gives an error 139 bytes at the least (9p.md 1.8)."""
+"""Fits the smallest buffer that Linux gives a reply (net/9p/client.c)."""
 
 
 class Dialect(Enum):
