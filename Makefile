@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 C_SOURCES := $(wildcard ninepd/*.c)
-HOT_SOURCES := ninepd/jobs.py ninepd/payload.py ninepd/pipeline.py ninepd/syscalls.py \
-	ninepd/vring.py $(wildcard ninepd/fs/*.py ninepd/p9/*.py)
+# Some of these are compiled, too: setup.py says which.
+PY_SOURCES := $(wildcard ninepd/*.py ninepd/fs/*.py ninepd/p9/*.py)
 C_FILES := $(C_SOURCES) $(wildcard ninepd/guest/*.c bench/*.c bench/*.h)
 
 .PHONY: all bench clean demo format guests lint test test-quick
@@ -57,6 +57,6 @@ $(VENV)/installed: pyproject.toml setup.py contrib/setup-debian.sh
 	@$(BIN)/pip --disable-pip-version-check install -qq --editable .
 	@touch $@
 
-$(VENV)/built: $(VENV)/installed $(C_SOURCES) $(HOT_SOURCES) ninepd/_vring_build.py
+$(VENV)/built: $(VENV)/installed $(C_SOURCES) $(PY_SOURCES) ninepd/_vring_build.py
 	@NINEPD_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

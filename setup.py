@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the C parts, and the modules that mypyc compiles.
 
 Compiled are those that every request passes through: the same Python, typed, at about 1.7 times the
-speed of the interpreter (bench/README.md). The others gain nothing by it.
+speed of the interpreter (a getattr took 2.2 us instead of 3.7). The others gain nothing by it.
 """
 
 from glob import glob

@@ -1,6 +1,8 @@
 """Imports point down, and the codecs do no I/O (invariant 7 of the architecture)."""
 
 import ast
+from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Final
 
@@ -97,3 +99,11 @@ def test_serving_loads_no_guest_code() -> None:
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
     }
     assert not {name for name in at_top if name.startswith(("ninepd.demo", "ninepd.guest"))}
+
+
+@pytest.mark.parametrize(
+    "name", ["ninepd.pipeline", "ninepd.fs.walking", "ninepd.p9.codecs", "ninepd.syscalls"]
+)
+def test_what_every_request_passes_through_is_compiled(name: str) -> None:
+    """So that what is tested is what users run."""
+    assert str(import_module(name).__file__).endswith(tuple(EXTENSION_SUFFIXES))
