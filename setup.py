@@ -16,6 +16,7 @@ HOT = [
     "ninepd/syscalls.py",
     "ninepd/vring.py",
     "ninepd/p9/codecs.py",
+    "ninepd/p9/fids.py",
     "ninepd/p9/session.py",
     *sorted(glob("ninepd/fs/*.py")),
 ]

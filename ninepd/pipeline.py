@@ -25,10 +25,11 @@ from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.fs.descriptors import mark_worker
 from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Opened, Storage
+from ninepd.fs.handles import Opened
 from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Payload, Reply, Server, Service
+from ninepd.fs.volumes import Storage
 from ninepd.jobs import Job, Jobs
 from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
@@ -49,6 +50,7 @@ from ninepd.p9.messages import (
     Tlcreate,
     Tlopen,
     Topen,
+    Tremove,
     Trename,
     Tversion,
     Twalk,
@@ -77,7 +79,9 @@ _SEGMENTS: Final = 1024
 _PAGE: Final = 4096
 
 
-_CHANGES_FID: Final = frozenset({Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate, Trename, Twstat})
+_CHANGES_FID: Final = frozenset(
+    {Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate, Tremove, Trename, Twstat}
+)
 """Messages after which a fid is not what it was: no other may use it meanwhile."""
 
 
@@ -127,8 +131,9 @@ class Pipeline:
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
-        self._handles = service.server.tree.handles
-        self._budget = self._handles.budget
+        handles = service.server.tree.handles
+        self._budget = handles.budget
+        self._volumes = handles.volumes
         self._jobs = Jobs(name, num, _prepare_worker, vring.wake)
         self._follow_session()
         self._done = 0
@@ -276,7 +281,7 @@ class Pipeline:
             if handler is None:
                 self._session_message(server, head, tag, message)
                 return
-            if (jobs.by_tag or self._handles.remote) and self._must_leave(server, route, message):
+            if (jobs.by_tag or self._volumes.remote) and self._must_leave(server, route, message):
                 work = partial(handler, server, message)
                 self._hand_over(server, head, tag, route, message, work)
                 return
@@ -360,12 +365,11 @@ class Pipeline:
             self._finish(head, tag, work())
 
     def _version(self, message: Tversion) -> Reply:
-        self._service.restart()
-        server = self._service.server
         try:
-            return server.version(message, self._msize_limit)
+            self._service.restart()
+            return self._service.server.version(message, self._msize_limit)
         except OSError as error:
-            return server.session.error(to_errno(error))
+            return self._service.server.session.error(to_errno(error))
         finally:
             self._follow_session()
 

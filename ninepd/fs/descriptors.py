@@ -16,6 +16,8 @@ import threading
 from abc import abstractmethod
 from typing import Final
 
+from mypy_extensions import i32, mypyc_attr
+
 log = logging.getLogger(__name__)
 
 RESERVE_MAX: Final = 256
@@ -39,21 +41,29 @@ def on_worker() -> bool:
     return getattr(_thread, "is_worker", False)
 
 
+@mypyc_attr(acyclic=True)
 class Holder:
-    """Owner of a descriptor that can be closed and had again. Subclasses know how."""
+    """Owner of a descriptor that can be closed and had again. Subclasses know how.
 
-    __slots__ = ("_budget", "_fd", "at", "pins", "recent")
+    Acyclic: the garbage collector need not look at a million of them, because each gives up its
+    references when it is closed.
+    """
 
-    def __init__(self, budget: "Budget", fd: int) -> None:
-        """Take over ``fd``."""
-        self._budget = budget
-        self._fd = fd
-        self.pins = 0
+    __slots__ = ("_fd", "at", "pins", "recent")
+
+    def __init__(self, fd: int) -> None:
+        """Take over ``fd``. Whoever makes one adds it to its budget."""
+        self._fd: i32 = fd
+        self.pins: i32 = 0
         """Users on other threads, and other reasons not to put it aside."""
-        self.recent = True
-        self.at = 0
+        self.at: i32 = 0
         """Where it stands among the open ones; the budget's."""
-        budget.add(self)
+        self.recent = True
+
+    @property
+    @abstractmethod
+    def budget(self) -> "Budget":
+        """That counts its descriptor."""
 
     @property
     def fd(self) -> int:
@@ -74,19 +84,20 @@ class Holder:
 
     def give(self, fd: int) -> None:
         """Take over a descriptor of the same file, if there is none already."""
-        with self._budget.lock:
+        budget = self.budget
+        with budget.lock:
             if self._fd >= 0:  # another thread was faster
                 os.close(fd)
                 return
             self._fd = fd
             self.recent = True
-            self._budget.resting -= 1
-            self._budget.add(self)
+            budget.resting -= 1
+            budget.add(self)
 
     def rest(self) -> None:
         """Close until the next use."""
-        self._budget.remove(self)
-        self._budget.resting += 1
+        self.budget.remove(self)
+        self.budget.resting += 1
         fd, self._fd = self._fd, -1
         try:
             os.close(fd)
@@ -95,12 +106,13 @@ class Holder:
 
     def discard(self) -> None:
         """Close for good. OSError, as of close(2): it is closed all the same."""
-        with self._budget.lock:
+        budget = self.budget
+        with budget.lock:
             fd, self._fd = self._fd, -1
             if fd < 0:
-                self._budget.resting -= 1
+                budget.resting -= 1
                 return
-            self._budget.remove(self)
+            budget.remove(self)
         os.close(fd)
 
     @abstractmethod
@@ -138,6 +150,7 @@ class Budget:
 
     def remove(self, holder: Holder) -> None:
         with self.lock:
+            assert self._open[holder.at] is holder  # noqa: S101 - else others would be mixed up
             last = self._open.pop()
             if last is not holder:  # it fills the gap
                 self._open[holder.at] = last

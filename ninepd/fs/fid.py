@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from mypy_extensions import i32, mypyc_attr
+
 from ninepd.fs.descriptors import Holder
-from ninepd.fs.handles import Handle, Opened
+from ninepd.fs.handles import Handle, Opened, Place
 
 
 @dataclass(slots=True)
@@ -23,6 +25,7 @@ class XattrWriter:
     data: bytearray = field(default_factory=bytearray)
 
 
+@mypyc_attr(acyclic=True)
 class Fid:
     """State of one fid.
 
@@ -30,35 +33,30 @@ class Fid:
     are any, a clunk leaves the descriptors open and marks the fid ``doomed``.
     """
 
-    __slots__ = (
-        "doomed",
-        "handle",
-        "opened",
-        "place",
-        "read_offset",
-        "read_position",
-        "uid",
-        "users",
-    )
+    __slots__ = ("doomed", "elsewhere", "handle", "opened", "uid", "users")
 
-    def __init__(self, handle: Handle, uid: int, place: tuple[Handle, bytes] | None) -> None:
-        """Takes over one reference to ``handle`` and one to the directory in ``place``."""
+    def __init__(self, handle: Handle, uid: int, elsewhere: Place | None = None) -> None:
+        """Takes over one reference to ``handle`` and one to the directory in ``elsewhere``."""
         self.handle = handle
         self.uid = uid
         """n_uname of the attach it descends from: the owner of what is created through it."""
-        self.place = place
-        """Directory and name it was found at: a hint, which may no longer be true."""
+        self.elsewhere = elsewhere
+        """Where it was found, if its handle was first found at another place."""
         self.opened: Opened | XattrValue | XattrWriter | None = None
-        self.users = 0
+        self.users: i32 = 0
         self.doomed = False
-        self.read_offset = self.read_position = 0
-        """How far an old client has read a directory: in bytes, and where that is on the host."""
+
+    @property
+    def place(self) -> Place | None:
+        """Directory and name it was found at: a hint, which may no longer be true."""
+        return self.elsewhere or self.handle.place
 
     def holders(self) -> list[Holder]:
         """What keeps the descriptors that a request on this fid may use."""
         holders: list[Holder] = [self.handle]
         if isinstance(self.opened, Opened):
             holders.append(self.opened)
-        if self.place is not None:
-            holders.append(self.place[0])
+        place = self.place
+        if place is not None:
+            holders.append(place[0])
         return holders

@@ -12,12 +12,12 @@ from typing import Final
 
 from ninepd import syscalls
 from ninepd.fs import xattrs
-from ninepd.fs.cookies import Cookies
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
-from ninepd.fs.handles import Opened, Storage
+from ninepd.fs.handles import Opened
 from ninepd.fs.locks import Owner
 from ninepd.fs.server import Later, Payload, Reply, Server
 from ninepd.fs.tree import check_name
+from ninepd.fs.volumes import Storage
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
     LOCK_FLAG_RECLAIM,
@@ -123,10 +123,8 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
             raise
     else:
         handle, stat, file = tree.adopt_created(fd, flags, directory, message.name)
-    old, fid.place = fid.place, (directory, message.name)
-    fid.handle, fid.opened = handle, file
-    if old is not None:
-        tree.handles.release(old[0])
+    server.move(fid, handle, directory, message.name)
+    fid.opened = file
     return Rlcreate(tree.qids.qid(stat), server.iounit())
 
 
@@ -218,9 +216,7 @@ def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
     directory = opened(fid)
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
-    if fid.handle.cookies is None:
-        fid.handle.cookies = Cookies()
-    cookies = fid.handle.cookies
+    cookies = directory.cookies or fid.handle.begin_listing()
     offset = cookies.position(message.offset)
     size = min(message.nbytes, payload.room, READDIR_MAX)
     tree = server.tree

@@ -9,137 +9,77 @@ same. What could not be found again is not put aside: unlinked files, and storag
 
 import contextlib
 import errno
-import logging
 import os
 import stat as st
 import threading
 from collections.abc import Callable
-from enum import Enum, auto
-from typing import Final, TypeAlias
+from typing import TypeAlias
+
+from mypy_extensions import i32, mypyc_attr
 
 from ninepd import syscalls
 from ninepd.config import Multidevs
 from ninepd.fs.cookies import Cookies
 from ninepd.fs.descriptors import Budget, Holder, on_worker
+from ninepd.fs.volumes import Storage, Volume, Volumes
 from ninepd.syscalls import Stat
 
-log = logging.getLogger(__name__)
-
-_MEMORY_TYPES: Final = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
-_REMOTE_TYPES: Final = frozenset(
-    {"9p", "afs", "ceph", "cifs", "fuse", "fuseblk", "gfs2", "gpfs", "lustre", "nfs", "nfs4",
-     "ocfs2", "smb3", "virtiofs"}
-)  # fmt: skip
-"""Names as in /proc/self/mountinfo (proc(5)), without a subtype such as that of "fuse.sshfs"."""
-_NAMES: Final = {
-    0x01021994: "tmpfs",
-    0x858458F6: "ramfs",
-    0x958458F6: "hugetlbfs",
-    0x65735546: "fuse",
-    0x6969: "nfs",
-    0xFF534D42: "cifs",
-    0xFE534D42: "smb3",
-    0x00C36400: "ceph",
-    0x01021997: "9p",
-    0x5346414F: "afs",
-}
-"""f_type of statfs(2) to name, for a mount that is not listed: in a chroot its root is not."""
+Place: TypeAlias = "tuple[Handle, bytes]"
+"""Directory and name."""
 
 
-class Storage(Enum):
-    """How long a file system may keep a system call waiting."""
-
-    MEMORY = auto()
-    """Never: tmpfs, ramfs, hugetlbfs."""
-    LOCAL = auto()
-    """As long as a disk takes, and only for data that is not cached."""
-    REMOTE = auto()
-    """Any time, in any call: network and user-space file systems."""
+def is_same_inode(one: Stat, other: Stat) -> bool:
+    """Are they attributes of one file, seen through one mount?"""
+    return one.ino == other.ino and one.dev == other.dev and one.mnt_id == other.mnt_id
 
 
-def _storage_of(fd: int, mnt_id: int) -> Storage:
-    kind = _listed_type(mnt_id) or _NAMES.get(syscalls.fstatfs(fd).type, "")
-    if kind in _MEMORY_TYPES:
-        return Storage.MEMORY
-    return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
-
-
-def _listed_type(mnt_id: int) -> str | None:
-    """By the mount's entry, because statfs(2) asks the file system itself, which may hang."""
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            words = line.split()
-            if int(words[0]) == mnt_id:
-                return words[words.index(b"-") + 1].decode().split(".")[0]
-    return None
-
-
-Key: TypeAlias = int
-"""Mount, device and inode, 64 bits each, as one number because that is the smallest object. The
-mount belongs to it: one inode may be seen through a writable and through a read-only mount."""
-
-
-def key_of(stat: Stat) -> Key:
-    return stat.mnt_id << 128 | stat.dev << 64 | stat.ino
-
-
-class Device:
-    """A device that handles are on."""
-
-    __slots__ = ("handles", "number", "storage")
-
-    def __init__(self, number: int, storage: Storage) -> None:
-        self.number = number
-        self.storage = storage
-        self.handles = 0
-
-
+@mypyc_attr(acyclic=True)
 class Handle(Holder):
-    """One inode of the export. Reference-counted by ``HandleTable``; not made elsewhere."""
+    """One inode of the export. Reference-counted by ``HandleTable``; not made elsewhere.
+
+    There may be a million, so each attribute counts.
+    """
 
     __slots__ = (
-        "_restorer",
-        "cookies",
-        "device",
+        "_name",
+        "_table",
+        "directory",
         "generation",
         "has_generation",
-        "key",
+        "ino",
         "kind",
         "opened",
-        "place",
         "refs",
         "token",
+        "volume",
     )
 
-    def __init__(
-        self, budget: Budget, fd: int, stat: Stat, device: Device, restorer: "HandleTable"
-    ) -> None:
-        super().__init__(budget, fd)
-        self._restorer = restorer
-        self.key = key_of(stat)
-        self.kind = st.S_IFMT(stat.mode)
-        """S_IFMT bits; an inode never changes them."""
-        self.generation = stat.generation
+    def __init__(self, fd: int, stat: Stat, volume: Volume, table: "HandleTable") -> None:
+        super().__init__(fd)
         self.has_generation = bool(stat.has_generation)
-        self.device = device
-        self.refs = 1
-        self.place: tuple[Handle, bytes] | None = None
-        """Where it was found last, if it may have to be found again by name."""
+        self.refs: i32 = 1
+        self.kind: i32 = st.S_IFMT(stat.mode)
+        """S_IFMT bits; an inode never changes them."""
+        self._table = table
+        self.volume = volume
+        self.ino = stat.ino
+        self.generation = stat.generation
+        self.directory: Handle | None = None
+        """Where it was found: a hint, which may no longer be true. None for the root, and for
+        what was found by its ``..``."""
+        self._name = b""
         self.token = b""
         """Its file handle while it is put aside."""
-        self.cookies: Cookies | None = None
-        """Of a directory that was read."""
-        self.opened: tuple[Holder, ...] = ()
+        self.opened: tuple[Opened, ...] = ()
         """The files that are open on it."""
 
     @property
-    def storage(self) -> Storage:
-        return self.device.storage
+    def budget(self) -> Budget:
+        return self._table.budget
 
     @property
-    def mount(self) -> int:
-        """Number of the mount it was found on."""
-        return self.key >> 128
+    def storage(self) -> Storage:
+        return self.volume.storage
 
     @property
     def path(self) -> str:
@@ -154,27 +94,64 @@ class Handle(Holder):
     def is_symlink(self) -> bool:
         return self.kind == st.S_IFLNK
 
+    def holds(self, stat: Stat) -> bool:
+        """Are these attributes of this inode? Only while it is open: numbers are used again."""
+        volume = self.volume
+        return (
+            stat.ino == self.ino and stat.dev == volume.dev and stat.mnt_id == volume.mount.mnt_id
+        )
+
+    @property
+    def place(self) -> Place | None:
+        """Directory and name that it was found at."""
+        return None if self.directory is None else (self.directory, self._name)
+
+    def is_placed(self, directory: "Handle", name: bytes) -> bool:
+        return self.directory is directory and self._name == name
+
+    def put_in(self, directory: "Handle | None", name: bytes) -> "Handle | None":
+        """Takes over a reference to ``directory``, and gives back the one to the old one."""
+        old, self.directory, self._name = self.directory, directory, name
+        return old
+
+    def begin_listing(self) -> Cookies:
+        """Cookies for a directory, the same for all that have it open now and later."""
+        cookies = Cookies()
+        for file in self.opened:
+            file.cookies = cookies
+        return cookies
+
     def may_rest(self) -> bool:
-        return self._restorer.may_rest(self)
+        return self._table.may_rest(self)
 
     def _restore(self) -> int:
-        return self._restorer.restore(self)
+        return self._table.restore(self)
 
 
+@mypyc_attr(acyclic=True)
 class Opened(Holder):
     """A file or directory that is open for I/O on a handle."""
 
-    __slots__ = ("_reopen", "flags", "handle")
+    __slots__ = ("_reopen", "cookies", "flags", "handle", "read_offset", "read_position")
 
     def __init__(
         self, handle: Handle, fd: int, flags: int, reopen: Callable[[Handle, int], int]
     ) -> None:
         """``reopen`` opens the handle with host flags; ``flags`` are those of ``fd``."""
-        super().__init__(handle._budget, fd)  # noqa: SLF001 - of its own base class
+        super().__init__(fd)
         self._reopen = reopen
         self.handle = handle
         self.flags = flags
+        self.read_offset = self.read_position = 0
+        """How far an old client has read a directory: in bytes, and where that is on the host."""
+        self.cookies: Cookies | None = handle.opened[0].cookies if handle.opened else None
+        """Of a directory that was read."""
         handle.opened = (*handle.opened, self)
+        self.budget.add(self)
+
+    @property
+    def budget(self) -> Budget:
+        return self.handle.budget
 
     @property
     def writable(self) -> bool:
@@ -186,26 +163,14 @@ class Opened(Holder):
 
     def close(self) -> None:
         """OSError says what became of late writes; there is nothing left to close then, too."""
-        self.handle.opened = tuple(other for other in self.handle.opened if other is not self)
-        if not self.handle.opened:
-            self.handle.cookies = None
+        self.handle.opened = tuple([other for other in self.handle.opened if other is not self])
         self.discard()
 
     def may_rest(self) -> bool:
-        return self.handle._restorer.may_reopen(self)  # noqa: SLF001 - one mechanism
+        return self.handle._table.may_reopen(self)  # noqa: SLF001 - one mechanism
 
     def _restore(self) -> int:
         return self._reopen(self.handle, self.flags & ~os.O_TRUNC)
-
-
-class _Mount:
-    """A mount that handles are on; ``fd`` is what open_by_handle_at wants, -1 if that fails."""
-
-    __slots__ = ("fd", "handles")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.handles = 0
 
 
 class HandleTable:
@@ -214,72 +179,46 @@ class HandleTable:
     def __init__(self, budget: Budget, by_handle: bool, multidevs: Multidevs) -> None:
         """``by_handle`` needs CAP_DAC_READ_SEARCH."""
         self.budget = budget
-        self.remote = False
-        """Was any handle on storage that may keep a request waiting?"""
+        self.volumes = Volumes(by_handle, multidevs)
         self._by_handle = by_handle
-        self._multidevs = multidevs
         self._lock = threading.Lock()
-        self._handles: dict[Key, Handle] = {}
-        self._devices: dict[int, Device] = {}
-        self._warned: set[int] = set()
-        self._mounts: dict[int, _Mount] = {}
 
-    def __len__(self) -> int:
-        return len(self._handles)
-
-    def adopt(self, fd: int, stat: Stat, place: tuple[Handle, bytes] | None = None) -> Handle:
+    def adopt(self, fd: int, stat: Stat, place: Place | None = None) -> Handle:
         """The Handle of a fresh O_PATH descriptor, which is taken over, even by an error.
 
         ENODEV if it is on a device that may not be reached, EMFILE if no descriptor can be spared.
         """
-        key = key_of(stat)
         with self._lock:
-            handle = self._handles.get(key)
-            if handle is not None:
-                if handle.is_open:
-                    handle.refs += 1
-                    os.close(fd)
-                    return handle
-                if self._is_same(handle, fd):
-                    handle.refs += 1
-                    handle.give(fd)
-                    return handle
-                # Its inode number has come to another file while the handle was put aside.
+            volume = self.volumes.find(stat)
+            if volume is not None:
+                handle = volume.handles.get(stat.ino)
+                if handle is not None:
+                    if handle.is_open:
+                        handle.refs += 1
+                        os.close(fd)
+                        return handle
+                    if self._is_same(handle, fd):
+                        handle.refs += 1
+                        handle.give(fd)
+                        return handle
+                    # Its inode number has come to another file while the handle was put aside.
             try:
                 self.budget.check()
-                device = self._admit(fd, stat)
-                handle = Handle(self.budget, fd, stat, device, self)
+                if volume is None:
+                    volume = self.volumes.admit(fd, stat)
             except OSError:
                 os.close(fd)
                 raise
-            device.handles += 1
-            self._handles[key] = handle
-            if place is not None and not self._by_handle:
-                place[0].refs += 1
-                handle.place = place
+            handle = volume.handles[stat.ino] = Handle(fd, stat, volume, self)
+            if place is not None:
+                directory, name = place
+                directory.refs += 1
+                handle.put_in(directory, name)
             if on_worker():
                 # Nothing but this would keep it open while the worker goes on with it.
                 handle.pins = 1
-            if self._by_handle:
-                self._enter_mount(handle)
+            self.budget.add(handle)
             return handle
-
-    def _admit(self, fd: int, stat: Stat) -> Device:
-        device = self._devices.get(stat.dev)
-        if device is not None:
-            return device
-        if self._devices:  # the first one is the root's
-            if self._multidevs is Multidevs.FORBID:
-                raise OSError(errno.ENODEV, "another device is mounted here (multidevs=forbid)")
-            if self._multidevs is Multidevs.WARN and stat.dev not in self._warned:
-                self._warned.add(stat.dev)
-                log.warning(
-                    "another device is mounted below the export: two files may show the guest "
-                    "one inode number (--multidevs warn)"
-                )
-        device = self._devices[stat.dev] = Device(stat.dev, _storage_of(fd, stat.mnt_id))
-        self.remote |= device.storage is Storage.REMOTE
-        return device
 
     def share(self, handle: Handle) -> Handle:
         """Another reference to the same handle."""
@@ -294,38 +233,17 @@ class HandleTable:
                 handle.refs -= 1
                 if handle.refs:
                     return
-                if self._handles.get(handle.key) is handle:
-                    del self._handles[handle.key]
-                device = handle.device
-                device.handles -= 1
-                if not device.handles:
-                    # Its number may come to another file system.
-                    del self._devices[device.number]
-                if self._by_handle:
-                    self._leave_mount(handle)
+                volume = handle.volume
+                if volume.handles.get(handle.ino) is handle:
+                    del volume.handles[handle.ino]
+                    if not volume.handles:
+                        self.volumes.drop(volume)
             handle.discard()
-            if handle.place is None:
+            # A loop, because the chain of directories may be long.
+            directory = handle.put_in(None, b"")
+            if directory is None:
                 return
-            # A loop, because the chain of parents may be long.
-            parent, handle.place = handle.place[0], None
-            handle = parent
-
-    # Mounts
-
-    def _enter_mount(self, handle: Handle) -> None:
-        mount = self._mounts.get(handle.mount)
-        if mount is None:
-            mount = self._mounts[handle.mount] = _Mount(_mount_fd(handle))
-        mount.handles += 1
-
-    def _leave_mount(self, handle: Handle) -> None:
-        mount = self._mounts[handle.mount]
-        mount.handles -= 1
-        if not mount.handles:
-            # An open descriptor would keep the host from unmounting.
-            del self._mounts[handle.mount]
-            if mount.fd >= 0:
-                os.close(mount.fd)
+            handle = directory
 
     # Putting aside and finding again
 
@@ -338,8 +256,9 @@ class HandleTable:
                 return False
             handle.token = syscalls.file_handle(handle.fd)
             if self._by_handle:
-                return self._mounts[handle.mount].fd >= 0
-            return handle.place is not None and self.is_at(handle, *handle.place)
+                return handle.volume.mount.fd >= 0
+            place = handle.place
+            return place is not None and self.is_at(handle, *place)
         except OSError:
             return False
 
@@ -351,8 +270,13 @@ class HandleTable:
         handle = file.handle
         if not self._by_handle or handle.storage is Storage.REMOTE:
             return False
+        if handle.is_open:
+            return True
         # Without links the last descriptor on it must stay, be it the handle's or this.
-        return handle.is_open or bool(handle.token and syscalls.stat(file.fd).nlink)
+        try:
+            return bool(handle.token and syscalls.stat(file.fd).nlink)
+        except OSError:
+            return False
 
     def restore(self, handle: Handle) -> int:
         """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
@@ -360,20 +284,24 @@ class HandleTable:
             if file.is_open:
                 return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
         if self._by_handle:
-            mount_fd = self._mounts[handle.mount].fd
+            mount_fd = handle.volume.mount.fd
+            if mount_fd < 0:
+                raise OSError(errno.ESTALE, "the file system is gone")
             return self._verified(
                 handle, syscalls.open_by_handle(mount_fd, handle.token, os.O_PATH)
             )
         return self._find_by_name(handle)
 
     def _find_by_name(self, handle: Handle) -> int:
-        steps: list[tuple[Handle, bytes]] = []
+        steps: list[Place] = []
         start = handle
         while not start.is_open and not (steps and any(f.is_open for f in start.opened)):
-            if start.place is None:
+            place = start.place
+            if place is None:
                 raise OSError(errno.ESTALE, "the file is gone")
-            steps.append((start, start.place[1]))
-            start = start.place[0]
+            directory, name = place
+            steps.append((start, name))
+            start = directory
         fd = os.dup(start.fd)
         for step, name in reversed(steps):
             try:
@@ -394,18 +322,29 @@ class HandleTable:
     @staticmethod
     def _is_same(handle: Handle, fd: int) -> bool:
         try:
-            same = key_of(syscalls.stat_at(fd, b"")) == handle.key
+            same = handle.holds(syscalls.stat_at(fd, b""))
             return same and syscalls.file_handle(fd) == handle.token
         except OSError:
             return False
+
+    # Names
 
     def is_at(self, handle: Handle, directory: Handle, name: bytes) -> bool:
         """Does ``name`` in ``directory`` name what ``handle`` holds? ESTALE if that is gone."""
         _ = handle.fd  # while it is open, its inode number is no other file's
         try:
-            return key_of(syscalls.stat_at(directory.fd, name)) == handle.key
+            return handle.holds(syscalls.stat_at(directory.fd, name))
         except FileNotFoundError:
             return False
+
+    def note(self, handle: Handle, directory: Handle, name: bytes) -> Place | None:
+        """What a fid has to remember that found ``handle`` there: nothing, if the handle does.
+
+        The place comes with a reference to its directory.
+        """
+        if handle.is_placed(directory, name) or name in {b".", b".."}:
+            return None
+        return self.share(directory), name
 
     def before_change(self, directory: Handle, name: bytes) -> Handle | None:
         """The guest is about to unlink or rename ``name``: what is held of it must not be lost.
@@ -415,35 +354,30 @@ class HandleTable:
         if self._by_handle and not self.budget.resting:
             return None
         try:
-            handle = self._handles.get(key_of(syscalls.stat_at(directory.fd, name)))
+            stat = syscalls.stat_at(directory.fd, name)
         except FileNotFoundError:
             return None
+        volume = self.volumes.find(stat)
+        handle = None if volume is None else volume.handles.get(stat.ino)
         if handle is not None:
             # Open it: without links it then stays open. ESTALE: it was lost before.
             with contextlib.suppress(OSError):
                 _ = handle.fd
         return handle
 
-    def moved(self, handle: Handle | None, directory: Handle, name: bytes) -> None:
+    def moved(self, handle: Handle, old: Place, new: Place) -> None:
         """The guest has renamed what ``before_change`` returned."""
-        if handle is not None and handle.place is not None:
-            old = handle.place[0]
-            handle.place = self.share(directory), name
-            self.release(old)
-
-
-def _mount_fd(handle: Handle) -> int:
-    """An ordinary descriptor on the handle's mount, if its files can be opened by handle; or -1."""
-    if not handle.is_directory or handle.storage is Storage.REMOTE:
-        return -1
-    try:
-        fd = syscalls.open_scoped(handle.fd, b".", os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return -1
-    try:
-        os.close(syscalls.open_by_handle(fd, syscalls.file_handle(handle.fd), os.O_PATH))
-    except OSError as error:
-        log.info("handles on mount %d stay open: %s", handle.mount, error)
-        os.close(fd)
-        return -1
-    return fd
+        directory, name = new
+        with self._lock:
+            if not handle.is_placed(*old):
+                return
+            above: Handle | None = directory
+            while above is not None and above is not handle:
+                above = above.directory
+            if above is None:
+                directory.refs += 1
+                left = handle.put_in(directory, name)
+            else:  # a ring, by places that the host has changed
+                left = handle.put_in(None, b"")
+        if left is not None:
+            self.release(left)

@@ -116,16 +116,9 @@ def create(server: Server, message: Tcreate, payload: Payload) -> Reply:
     except OSError:
         server.tree.handles.release(handle)
         raise
-    _move(server, fid, handle, name)
+    server.move(fid, handle, fid.handle, name)
     fid.opened = opened
     return Rcreate(server.tree.qids.qid(stat), 0)
-
-
-def _move(server: Server, fid: Fid, handle: Handle, name: bytes) -> None:
-    old, fid.place = fid.place, (fid.handle, name)
-    fid.handle = handle
-    if old is not None:
-        server.tree.handles.release(old[0])
 
 
 def _device(perm: int, extension: bytes) -> tuple[int, int, int]:
@@ -187,7 +180,8 @@ def _describe(server: Server, fd: int, name: bytes) -> bytes:
 def stat(server: Server, message: Tstat, _payload: Payload) -> Reply:
     """All that an old client can know of a file."""
     fid = server.file(message.fid)
-    name = b"/" if fid.place is None else fid.place[1]
+    place = fid.place
+    name = b"/" if place is None else place[1]
     return Rstat(_describe(server, fid.handle.fd, name))
 
 
@@ -257,21 +251,22 @@ def _setattr(number: int, handle: Handle, new: Stat) -> Tsetattr | None:
 def read(server: Server, message: Tread, payload: Payload) -> Reply:
     """Tread reads directories too, which 9P2000.L does by Treaddir."""
     fid = server.fid(message.fid)
-    if isinstance(fid.opened, Opened) and fid.handle.is_directory:
-        return _read_directory(server, fid, message, payload)
+    opened = fid.opened
+    if isinstance(opened, Opened) and fid.handle.is_directory:
+        return _read_directory(server, opened, message, payload)
     return files.read(server, message, payload)
 
 
-def _read_directory(server: Server, fid: Fid, message: Tread, payload: Payload) -> Reply:
+def _read_directory(server: Server, directory: Opened, message: Tread, payload: Payload) -> Reply:
     """Whole stat structures. Offset 0 starts again, any other goes on where the last read ended."""
     position = 0
     if message.offset:
-        if message.offset != fid.read_offset:
+        if message.offset != directory.read_offset:
             raise OSError(errno.EINVAL, "directories are read from the start or onwards")
-        position = fid.read_position
+        position = directory.read_position
     room = min(message.nbytes, payload.room, files.READDIR_MAX)
     out = bytearray()
-    fd = files.opened(fid).fd
+    fd = directory.fd
     while entries := syscalls.getdents(fd, position):
         for after, name in entries:
             if name not in {b".", b".."}:
@@ -282,10 +277,10 @@ def _read_directory(server: Server, fid: Fid, message: Tread, payload: Payload) 
                 if len(out) + len(record) > room:
                     if not out:
                         raise OSError(errno.EINVAL, "not even one entry fits")
-                    return _entries(fid, message, payload, out, position)
+                    return _entries(directory, message, payload, out, position)
                 out += record
             position = after
-    return _entries(fid, message, payload, out, position)
+    return _entries(directory, message, payload, out, position)
 
 
 def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
@@ -298,7 +293,9 @@ def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
         os.close(fd)
 
 
-def _entries(fid: Fid, message: Tread, payload: Payload, out: bytearray, position: int) -> Reply:
-    fid.read_offset, fid.read_position = message.offset + len(out), position
+def _entries(
+    directory: Opened, message: Tread, payload: Payload, out: bytearray, position: int
+) -> Reply:
+    directory.read_offset, directory.read_position = message.offset + len(out), position
     payload.put(bytes(out))
     return Rread(len(out))

@@ -11,7 +11,7 @@ import stat as st
 
 from ninepd import syscalls
 from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Handle
+from ninepd.fs.handles import Handle, Place
 from ninepd.fs.server import Payload, Reply, Server
 from ninepd.fs.tree import check_name
 from ninepd.p9.messages import (
@@ -111,24 +111,25 @@ def renameat(server: Server, message: Trenameat, _payload: Payload) -> Reply:
     return Rrenameat()
 
 
-def _rename(server: Server, old: tuple[Handle, bytes], new: tuple[Handle, bytes]) -> None:
+def _rename(server: Server, old: Place, new: Place) -> None:
     handles = server.tree.handles
     held = handles.before_change(*old)
     handles.before_change(*new)
     os.rename(old[1], new[1], src_dir_fd=old[0].fd, dst_dir_fd=new[0].fd)
-    handles.moved(held, *new)
+    if held is not None:
+        handles.moved(held, old, new)
 
 
-def _place(server: Server, fid: Fid) -> tuple[Handle, bytes]:
+def _place(server: Server, fid: Fid) -> Place:
     """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown."""
     tree = server.tree
     if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
-    if fid.place is None or not tree.handles.is_at(fid.handle, *fid.place):
-        old, fid.place = fid.place, tree.find(fid.handle)
-        if old is not None:
-            tree.handles.release(old[0])
-    return fid.place
+    place = fid.place
+    if place is None or not tree.handles.is_at(fid.handle, *place):
+        place = tree.find(fid.handle)
+        server.replace(fid, tree.handles.share(fid.handle), place)
+    return place
 
 
 def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
@@ -152,9 +153,7 @@ def rename_to(server: Server, fid: Fid, directory: Handle, name: bytes) -> None:
     """Give what a fid holds another name; ESTALE if it is not where it was found."""
     old, new = _place(server, fid), (directory, name)
     _rename(server, old, new)
-    server.tree.handles.share(directory)
-    fid.place = new
-    server.tree.handles.release(old[0])
+    server.move(fid, server.tree.handles.share(fid.handle), directory, name)
 
 
 def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: bool) -> None:
@@ -179,7 +178,7 @@ def unlinkat(server: Server, message: Tunlinkat, _payload: Payload) -> Reply:
 
 def remove(server: Server, message: Tremove, _payload: Payload) -> Reply:
     """Remove the file and clunk the fid, the latter whatever happens (remove(5))."""
-    fid = server.session.remove(message.fid)
+    fid = server.remove(message.fid)
     try:
         server.refuse_if_readonly()
         _remove_name(server, *_place(server, fid), fid.handle.is_directory)

@@ -12,13 +12,14 @@ everything on remote ones (jobs.py).
 import errno
 import logging
 import threading
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from ninepd.fs.descriptors import Holder, on_worker
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
-from ninepd.fs.handles import Handle, Opened
+from ninepd.fs.handles import Handle, Opened, Place
 from ninepd.fs.locks import LockTable
 from ninepd.fs.security import SecurityModel
 from ninepd.fs.tree import Tree
@@ -140,8 +141,8 @@ class Server:
         elif opened is not None:
             self.xattr_fids -= 1
         self.tree.handles.release(fid.handle)
-        if fid.place is not None:
-            self.tree.handles.release(fid.place[0])
+        if fid.elsewhere is not None:
+            self.tree.handles.release(fid.elsewhere[0])
 
     def retire(self, fid: Fid) -> None:
         """Close what a fid holds, whose number is free: now, or when its last user is done."""
@@ -170,11 +171,9 @@ class Server:
         """ENOENT if the client has no such fid."""
         return self.session.get(number)
 
-    def add(
-        self, number: int, handle: Handle, uid: int, place: tuple[Handle, bytes] | None = None
-    ) -> Fid:
-        """A new fid; takes over a reference to ``handle`` and one to the directory in ``place``."""
-        fid = Fid(handle, uid, place)
+    def add(self, number: int, handle: Handle, uid: int, elsewhere: Place | None = None) -> Fid:
+        """A new fid; takes over its references, see ``Fid``."""
+        fid = Fid(handle, uid, elsewhere)
         try:
             with self._lock:
                 if self._ended:
@@ -184,6 +183,24 @@ class Server:
             self._release(fid)
             raise
         return fid
+
+    def remove(self, number: int) -> Fid:
+        """Take a number back; ENOENT if it is not in use, also if another thread was faster."""
+        with self._lock:
+            return self.session.remove(number)
+
+    def move(self, fid: Fid, handle: Handle, directory: Handle, name: bytes) -> None:
+        """A fid becomes one of what is at this place. Takes over the reference to ``handle``."""
+        elsewhere = self.tree.handles.note(handle, directory, name)
+        self.replace(fid, handle, elsewhere)
+
+    def replace(self, fid: Fid, handle: Handle, elsewhere: Place | None) -> None:
+        """A fid becomes another; takes over the references, as a new one would."""
+        handle, fid.handle = fid.handle, handle
+        elsewhere, fid.elsewhere = fid.elsewhere, elsewhere
+        self.tree.handles.release(handle)
+        if elsewhere is not None:
+            self.tree.handles.release(elsewhere[0])
 
     def directory(self, number: int) -> Fid:
         """A fid that holds a directory; ENOTDIR if it holds something else."""
@@ -235,7 +252,7 @@ class Service:
     def restart(self) -> None:
         """The session is over, and a new one may begin."""
         old, self.server = self.server, Server(self._tree, self._policy)
-        if self._tree.handles.remote:
+        if self._tree.handles.volumes.remote:
             # Closing files may take as long as their storage takes.
             threading.Thread(target=old.end, name="ninepd farewell", daemon=True).start()
         else:

@@ -14,7 +14,7 @@ from typing import Final
 from ninepd import syscalls
 from ninepd.config import Multidevs
 from ninepd.fs.descriptors import Budget
-from ninepd.fs.handles import Handle, HandleTable, Opened, key_of
+from ninepd.fs.handles import Handle, HandleTable, Opened, Place, is_same_inode
 from ninepd.fs.qid import QidMap
 from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
@@ -104,12 +104,12 @@ class Tree:
     def _below_root(self, fd: int, stat: Stat) -> bool:
         climber = os.dup(fd)
         try:
-            while key_of(stat) != self.root.key:
+            while not self.root.holds(stat):
                 above = syscalls.open_parent(climber)
                 os.close(climber)
                 climber = above
                 up = syscalls.stat(climber)
-                if key_of(up) == key_of(stat):  # "/" is its own parent
+                if is_same_inode(up, stat):  # "/" is its own parent
                     return False
                 stat = up
             return True
@@ -127,9 +127,9 @@ class Tree:
 
     def shows(self, stat: Stat) -> bool:
         """May a directory list this file? With multidevs=forbid only what a walk would find."""
-        return not self._forbids or stat.dev == self.root.device.number
+        return not self._forbids or stat.dev == self.root.volume.dev
 
-    def find(self, handle: Handle) -> tuple[Handle, bytes]:
+    def find(self, handle: Handle) -> Place:
         """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
 
         The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).

@@ -5,8 +5,9 @@ from functools import partial
 
 from ninepd.fs.descriptors import on_worker
 from ninepd.fs.fid import XattrWriter
-from ninepd.fs.handles import Handle, HandleTable, Storage
+from ninepd.fs.handles import Handle, HandleTable
 from ninepd.fs.server import Later, Payload, Reply, Server
+from ninepd.fs.volumes import Storage
 from ninepd.fs.xattrs import commit
 from ninepd.p9.messages import (
     NO_ID,
@@ -73,50 +74,41 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
     elif start.opened is not None:
         raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
     tree, handles = server.tree, server.tree.handles
-    handle, place = start.handle, start.place  # still the old fid's
+    names = message.names
+    handle, elsewhere = start.handle, start.elsewhere
+    found: list[Handle] = []
     qids: list[Qid] = []
     try:
-        for name in message.names:
+        for name in names:
             if handle.storage is Storage.REMOTE and not on_worker():
-                _let_go(handles, handle, place, bool(qids))
+                _release(handles, found)
                 return Later(partial(walk, server, message))
-            found, stat = tree.walk(handle, name)
-            if not qids:
-                handles.share(handle)
-            elif place is not None:
-                handles.release(place[0])
-            # Behind "." and ".." the hint is wrong, and whoever uses it will find that out.
-            place = (handle, name)
-            if found.place == place:  # one tuple instead of two: there may be a million fids
-                place = found.place
-            handle = found
+            handle, stat = tree.walk(handle, name)
+            found.append(handle)
             qids.append(tree.qids.qid(stat))
     except OSError:
-        _let_go(handles, handle, place, bool(qids))
+        _release(handles, found)
         if not qids:
             raise
         return Rwalk(tuple(qids))
-    if not qids:
-        handles.share(handle)
-        if place is not None:
-            handles.share(place[0])
-    if replaces:
-        handle, start.handle = start.handle, handle
-        place, start.place = start.place, place
-        _let_go(handles, handle, place, True)
+    if found:
+        found.pop()
+        elsewhere = handles.note(handle, found[-1] if found else start.handle, names[-1])
+        _release(handles, found)
     else:
-        server.add(message.newfid, handle, start.uid, place)
+        handles.share(handle)
+        if elsewhere is not None:
+            handles.share(elsewhere[0])
+    if replaces:
+        server.replace(start, handle, elsewhere)
+    else:
+        server.add(message.newfid, handle, start.uid, elsewhere)
     return Rwalk(tuple(qids))
 
 
-def _let_go(
-    handles: HandleTable, handle: Handle, place: tuple[Handle, bytes] | None, ours: bool
-) -> None:
-    """Give up what a walk holds, if it is the walk's own."""
-    if ours:
+def _release(handles: HandleTable, found: list[Handle]) -> None:
+    for handle in found:
         handles.release(handle)
-        if place is not None:
-            handles.release(place[0])
 
 
 def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
@@ -124,7 +116,7 @@ def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
 
     An announced xattr is set now; a file is closed, which may bring an error of a late write.
     """
-    fid = server.session.remove(message.fid)
+    fid = server.remove(message.fid)
     try:
         if isinstance(fid.opened, XattrWriter):
             commit(fid.handle, fid.opened)

@@ -9,6 +9,7 @@ from typing import Final, Generic, TypeVar
 
 from ninepd.config import MIN_MSIZE
 from ninepd.errors import words_for
+from ninepd.p9.fids import FidTable
 from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
 
 F = TypeVar("F")
@@ -40,7 +41,7 @@ class Session(Generic[F]):
     def __init__(self) -> None:
         self.msize = 0
         self.dialect = Dialect.L
-        self.fids: dict[int, F] = {}
+        self.fids: FidTable[F] = FidTable()
 
     def negotiate(self, request: Tversion, msize_max: int) -> Rversion:
         """Answer a Tversion; the caller has dropped all fids. EMSGSIZE below 4096 bytes.
@@ -67,34 +68,34 @@ class Session(Generic[F]):
 
     def get(self, number: int) -> F:
         """What the client knows as ``number``; ENOENT, as QEMU's server says, if nothing."""
-        try:
-            return self.fids[number]
-        except KeyError:
-            raise FileNotFoundError(errno.ENOENT, f"fid {number} is not in use") from None
+        fid = self.fids.get(number)
+        if fid is None:
+            raise FileNotFoundError(errno.ENOENT, f"fid {number} is not in use")
+        return fid
 
     def check_free(self, number: int) -> None:
         """EINVAL if a new fid may not have this number, ENFILE if there are too many."""
-        if number == NOFID or number in self.fids:
+        if number == NOFID or self.fids.get(number) is not None:
             raise OSError(errno.EINVAL, f"fid {number} is in use")
         if len(self.fids) >= MAX_FIDS:
             raise OSError(errno.ENFILE, f"{MAX_FIDS} fids are in use")
 
     def add(self, number: int, fid: F) -> None:
-        """Give a fid its number; EINVAL if another thread was first."""
-        if self.fids.setdefault(number, fid) is not fid:
+        """Give a fid its number; EINVAL if that was given away meanwhile."""
+        if self.fids.get(number) is not None:
             raise OSError(errno.EINVAL, f"fid {number} is in use")
+        self.fids.add(number, fid)
 
     def remove(self, number: int) -> F:
         """Take a number back; ENOENT if it is not in use."""
-        fid = self.fids.pop(number, None)
+        fid = self.fids.pop(number)
         if fid is None:
             raise FileNotFoundError(errno.ENOENT, f"fid {number} is not in use")
         return fid
 
     def clear(self) -> list[F]:
         """Forget the session; returns all fids, for the caller to release."""
-        fids = list(self.fids.values())
-        self.fids.clear()
+        fids = self.fids.clear()
         self.msize = 0
         self.dialect = Dialect.L
         return fids

@@ -1,0 +1,161 @@
+"""Volumes: the file systems that an export reaches into, and how each behaves."""
+
+import logging
+import os
+import stat as st
+from enum import Enum, auto
+from errno import ENODEV
+from typing import TYPE_CHECKING, Final
+
+from ninepd import syscalls
+from ninepd.config import Multidevs
+from ninepd.syscalls import Stat
+
+if TYPE_CHECKING:
+    from ninepd.fs.handles import Handle
+
+log = logging.getLogger(__name__)
+
+_MEMORY_TYPES: Final = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
+_REMOTE_TYPES: Final = frozenset(
+    {"9p", "afs", "ceph", "cifs", "fuse", "fuseblk", "gfs2", "gpfs", "lustre", "nfs", "nfs4",
+     "ocfs2", "smb3", "virtiofs"}
+)  # fmt: skip
+"""Names as in /proc/self/mountinfo (proc(5)), without a subtype such as that of "fuse.sshfs"."""
+_NAMES: Final = {
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x958458F6: "hugetlbfs",
+    0x65735546: "fuse",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb3",
+    0x00C36400: "ceph",
+    0x01021997: "9p",
+    0x5346414F: "afs",
+}
+"""f_type of statfs(2) to name, for a mount that is not listed: in a chroot its root is not."""
+
+
+class Storage(Enum):
+    """How long a file system may keep a system call waiting."""
+
+    MEMORY = auto()
+    """Never: tmpfs, ramfs, hugetlbfs."""
+    LOCAL = auto()
+    """As long as a disk takes, and only for data that is not cached."""
+    REMOTE = auto()
+    """Any time, in any call: network and user-space file systems."""
+
+
+def _storage_of(fd: int, mnt_id: int) -> Storage:
+    kind = _listed_type(mnt_id) or _NAMES.get(syscalls.fstatfs(fd).type, "")
+    if kind in _MEMORY_TYPES:
+        return Storage.MEMORY
+    return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
+
+
+def _listed_type(mnt_id: int) -> str | None:
+    """By the mount's entry, because statfs(2) asks the file system itself, which may hang."""
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for line in mounts:
+            words = line.split()
+            if int(words[0]) == mnt_id:
+                return words[words.index(b"-") + 1].decode().split(".")[0]
+    return None
+
+
+class Mount:
+    """A mount; ``fd`` is what open_by_handle_at wants, -1 if that is not wanted or fails."""
+
+    __slots__ = ("fd", "mnt_id", "volumes")
+
+    def __init__(self, mnt_id: int, fd: int) -> None:
+        self.mnt_id = mnt_id
+        self.fd = fd
+        self.volumes = 0
+
+
+class Volume:
+    """One device seen through one mount: here an inode number is one file.
+
+    The mount belongs to it, because a device may be mounted twice, once of it read-only.
+    """
+
+    __slots__ = ("dev", "handles", "mount", "storage")
+
+    def __init__(self, mount: Mount, dev: int, storage: Storage) -> None:
+        self.mount = mount
+        self.dev = dev
+        self.storage = storage
+        self.handles: dict[int, Handle] = {}
+        """By inode number. The handle table's."""
+
+
+class Volumes:
+    """Those that handles are on now. Calls that change it are made one at a time."""
+
+    def __init__(self, by_handle: bool, multidevs: Multidevs) -> None:
+        """``by_handle``: files are to be opened by file handle."""
+        self.remote = False
+        """Was any on storage that may keep a request waiting?"""
+        self._by_handle = by_handle
+        self._multidevs = multidevs
+        self._root_dev: int | None = None
+        self._volumes: dict[tuple[int, int], Volume] = {}
+        self._mounts: dict[int, Mount] = {}
+        self._warned: set[int] = set()
+
+    def find(self, stat: Stat) -> Volume | None:
+        """The volume that a file is on, if it is known."""
+        return self._volumes.get((stat.mnt_id, stat.dev))
+
+    def admit(self, fd: int, stat: Stat) -> Volume:
+        """A volume that was not known; ENODEV if it may not be reached. The first is the root's."""
+        if self._root_dev is None:
+            self._root_dev = stat.dev
+        elif stat.dev != self._root_dev:
+            if self._multidevs is Multidevs.FORBID:
+                raise OSError(ENODEV, "another device is mounted here (multidevs=forbid)")
+            if self._multidevs is Multidevs.WARN and stat.dev not in self._warned:
+                self._warned.add(stat.dev)
+                log.warning(
+                    "another device is mounted below the export: two files may show the guest "
+                    "one inode number (--multidevs warn)"
+                )
+        storage = _storage_of(fd, stat.mnt_id)
+        mount = self._mounts.get(stat.mnt_id)
+        if mount is None:
+            usable = self._by_handle and st.S_ISDIR(stat.mode) and storage is not Storage.REMOTE
+            mount_fd = _mount_fd(fd) if usable else -1
+            mount = self._mounts[stat.mnt_id] = Mount(stat.mnt_id, mount_fd)
+        mount.volumes += 1
+        volume = self._volumes[stat.mnt_id, stat.dev] = Volume(mount, stat.dev, storage)
+        self.remote |= storage is Storage.REMOTE
+        return volume
+
+    def drop(self, volume: Volume) -> None:
+        """It holds no handles any more: its numbers may come to another file system."""
+        mount = volume.mount
+        del self._volumes[mount.mnt_id, volume.dev]
+        mount.volumes -= 1
+        if not mount.volumes:
+            del self._mounts[mount.mnt_id]
+            if mount.fd >= 0:  # an open descriptor would keep the host from unmounting
+                os.close(mount.fd)
+                mount.fd = -1
+
+
+def _mount_fd(directory: int) -> int:
+    """An ordinary descriptor on a mount whose files can be opened by handle; or -1."""
+    try:
+        fd = syscalls.open_scoped(directory, b".", os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return -1
+    try:
+        os.close(syscalls.open_by_handle(fd, syscalls.file_handle(directory), os.O_PATH))
+    except OSError as error:
+        log.info("handles on a mount stay open: %s", error)
+        os.close(fd)
+        return -1
+    return fd
