@@ -14,6 +14,7 @@ HOT = [
     "ninepd/payload.py",
     "ninepd/pipeline.py",
     "ninepd/syscalls.py",
+    "ninepd/tuples.py",
     "ninepd/vring.py",
     "ninepd/p9/codecs.py",
     "ninepd/p9/fids.py",

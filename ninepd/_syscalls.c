@@ -26,13 +26,15 @@
 #include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 /* cdef-begin */
-/* What fs/ asks of a file; filled by statx, one layout with Stat in syscalls.py. */
+/* What fs/ asks of a file; filled by statx, one layout with Stat in syscalls.py. `generation` is 32
+ * bits, and ND_OWN_GENERATION if it is the file system's own and not a guess. */
 typedef struct {
-    uint64_t dev, ino, mnt_id, size, blocks, rdev;
-    uint32_t mode, nlink, uid, gid, version, generation, has_generation, pad;
+    uint64_t dev, ino, mnt_id, generation;
+    uint32_t mode, nlink, version, pad;
 } nd_stat;
 
 /* qid.path of an inode below 2^48 on `dev` is `prefix | ino`. */
@@ -41,19 +43,25 @@ typedef struct {
 } nd_qid_device;
 
 typedef struct {
+    uint64_t count;
+    nd_qid_device devices[];
+} nd_qid_table;
+
+typedef struct {
     uint64_t type, bsize, blocks, bfree, bavail, files, ffree, fsid, namelen;
 } nd_statfs;
 
+#define ND_OWN_GENERATION 0x100000000
 enum { ND_GETATTR_BODY = 153, ND_UNMAPPED = 1, ND_HANDLE_MAX = 132 };
 
 int nd_walk(int dirfd, const char *name, nd_stat *out);
 int nd_stat_at(int dirfd, const char *name, int identify, nd_stat *out);
 int nd_open_scoped(int dirfd, const char *name, int flags);
 int nd_open_parent(int dirfd);
-int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, uint64_t path,
-               int has_generation, uint32_t generation, uint8_t *body);
-int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices, int count,
-                   uint8_t *out, uint32_t size);
+int nd_getattr(int fd, const nd_qid_table *table, uint64_t generation, uint8_t *body);
+int nd_getattr_as(int fd, uint64_t path, uint64_t generation, uint8_t *body);
+int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_table *table, uint8_t *out,
+                   uint32_t size);
 int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size);
 int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t uid, uint32_t gid);
 int nd_mkdir(int dirfd, const char *name, uint32_t mode, uint32_t uid, uint32_t gid);
@@ -66,6 +74,7 @@ int nd_utimens(int fd, int64_t atime_sec, int64_t atime_nsec, int64_t mtime_sec,
 int nd_fstatfs(int fd, nd_statfs *out);
 int nd_file_handle(int fd, uint8_t *out);
 int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags);
+int64_t nd_getxattr(int fd, const char *name, uint8_t *out, uint32_t size);
 int nd_keep_capabilities(void);
 /* cdef-end */
 
@@ -131,29 +140,27 @@ int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags) 
  * (fs/9p/vfs_inode_dotl.c). From the file handle if there is one, which holds the generation: as
  * it is on ext4 (FILEID_INO32_GEN), else mixed so that a change of one word always changes the
  * result. Otherwise from the birth time, which is only a good guess. */
-static int generation_of(int fd, const struct statx *st, uint32_t *out) {
+static uint64_t generation_of(int fd, const struct statx *st) {
     uint8_t handle[ND_HANDLE_MAX];
     int size = nd_file_handle(fd, handle);
     uint32_t h = 0, word;
     if (size < 0) {
         uint64_t birth = (uint64_t)st->stx_btime.tv_sec * UINT64_C(0x9e3779b97f4a7c15);
         birth = (birth ^ st->stx_btime.tv_nsec ^ (birth >> 31)) * UINT64_C(0xbf58476d1ce4e5b9);
-        *out = st->stx_mask & STATX_BTIME ? (uint32_t)(birth >> 32) : 0;
-        return 0;
+        return st->stx_mask & STATX_BTIME ? birth >> 32 : 0;
     }
     int type;
     memcpy(&type, handle, sizeof type);
     if (type == 1 && size == 12) {
-        memcpy(out, handle + 8, sizeof *out);
-        return 1;
+        memcpy(&h, handle + 8, sizeof h);
+        return ND_OWN_GENERATION | h;
     }
     for (int at = 0; at < size; at += (int)sizeof word) {
         word = 0;
         memcpy(&word, handle + at, size - at < (int)sizeof word ? size - at : (int)sizeof word);
         h = h * UINT32_C(0x9e3779b1) + word;
     }
-    *out = h;
-    return 1;
+    return ND_OWN_GENERATION | h;
 }
 
 static uint64_t device_number(uint32_t major_number, uint32_t minor_number) {
@@ -180,13 +187,8 @@ static void fill_stat(nd_stat *out, const struct statx *st) {
         .dev = device_number(st->stx_dev_major, st->stx_dev_minor),
         .ino = st->stx_ino,
         .mnt_id = st->stx_mnt_id,
-        .size = st->stx_size,
-        .blocks = st->stx_blocks,
-        .rdev = device_number(st->stx_rdev_major, st->stx_rdev_minor),
         .mode = st->stx_mode,
         .nlink = st->stx_nlink,
-        .uid = st->stx_uid,
-        .gid = st->stx_gid,
         .version = qid_version(st),
     };
 }
@@ -205,7 +207,7 @@ int nd_walk(int dirfd, const char *name, nd_stat *out) {
         return error;
     }
     fill_stat(out, &st);
-    out->has_generation = (uint32_t)generation_of(fd, &st, &out->generation);
+    out->generation = generation_of(fd, &st);
     return fd;
 }
 
@@ -218,7 +220,7 @@ int nd_stat_at(int dirfd, const char *name, int identify, nd_stat *out) {
         return error;
     fill_stat(out, &st);
     if (identify)
-        out->has_generation = (uint32_t)generation_of(dirfd, &st, &out->generation);
+        out->generation = generation_of(dirfd, &st);
     return 0;
 }
 
@@ -255,13 +257,12 @@ static uint8_t *put64(uint8_t *at, uint64_t value) {
     return at + sizeof value;
 }
 
-static int qid_path(const struct statx *st, const nd_qid_device *devices, int count,
-                    uint64_t *path) {
+static int qid_path(const struct statx *st, const nd_qid_table *table, uint64_t *path) {
     uint64_t dev = device_number(st->stx_dev_major, st->stx_dev_minor);
     if (st->stx_ino < QID_INO_LIMIT)
-        for (int i = 0; i < count; i++)
-            if (devices[i].dev == dev) {
-                *path = devices[i].prefix | st->stx_ino;
+        for (uint64_t i = 0; i < table->count; i++)
+            if (table->devices[i].dev == dev) {
+                *path = table->devices[i].prefix | st->stx_ino;
                 return 0;
             }
     return ND_UNMAPPED;
@@ -276,31 +277,44 @@ static uint8_t *put_time(uint8_t *at, struct statx_timestamp time) {
     return put64(put64(at, (uint64_t)time.tv_sec), time.tv_nsec);
 }
 
-/* The body of an Rgetattr (ND_GETATTR_BODY bytes) of what `fd` holds. The path number comes from
- * the caller if `has_path`, else from the table; ND_UNMAPPED when the table has none for it. The
- * generation never changes, so the caller keeps it; it is sent in any case, because Linux compares
- * it without looking at the valid bit. */
-int nd_getattr(int fd, const nd_qid_device *devices, int count, int has_path, uint64_t path,
-               int has_generation, uint32_t generation, uint8_t *body) {
+/* The generation is sent in any case, because Linux compares it without looking at the valid bit.
+ */
+static void put_attributes(uint8_t *at, const struct statx *st, uint64_t path,
+                           uint64_t generation) {
     const uint64_t basic = 0x7ff, btime = 0x800, gen = 0x1000;
+    uint64_t rdev = ((uint64_t)(st->stx_rdev_minor & 0xff)) | ((uint64_t)st->stx_rdev_major << 8) |
+                    ((uint64_t)(st->stx_rdev_minor & ~0xffU) << 12); /* new_encode_dev() */
+    at = put64(at, basic | (st->stx_mask & STATX_BTIME ? btime : 0) |
+                       (generation & ND_OWN_GENERATION ? gen : 0));
+    at = put_qid(at, st, path);
+    at = put32(put32(put32(at, st->stx_mode), st->stx_uid), st->stx_gid);
+    at = put64(put64(put64(at, st->stx_nlink), rdev), st->stx_size);
+    at = put64(put64(at, st->stx_blksize), st->stx_blocks);
+    at = put_time(put_time(put_time(at, st->stx_atime), st->stx_mtime), st->stx_ctime);
+    at = put_time(at, st->stx_btime);
+    put64(put64(at, (uint32_t)generation), 0);
+}
+
+/* The body of an Rgetattr (ND_GETATTR_BODY bytes) of what `fd` holds. ND_UNMAPPED when the table
+ * has no path number for it. The generation never changes, so the caller keeps it. */
+int nd_getattr(int fd, const nd_qid_table *table, uint64_t generation, uint8_t *body) {
+    struct statx st;
+    uint64_t path;
+    int error = stat_fd(fd, "", &st);
+    if (!error)
+        error = qid_path(&st, table, &path);
+    if (!error)
+        put_attributes(body, &st, path, generation);
+    return error;
+}
+
+/* The same with a path number that the caller knows. */
+int nd_getattr_as(int fd, uint64_t path, uint64_t generation, uint8_t *body) {
     struct statx st;
     int error = stat_fd(fd, "", &st);
-    if (!error && !has_path)
-        error = qid_path(&st, devices, count, &path);
-    if (error)
-        return error;
-    uint64_t rdev = ((uint64_t)(st.stx_rdev_minor & 0xff)) | ((uint64_t)st.stx_rdev_major << 8) |
-                    ((uint64_t)(st.stx_rdev_minor & ~0xffU) << 12); /* new_encode_dev() */
-    uint64_t valid = basic | (st.stx_mask & STATX_BTIME ? btime : 0) | (has_generation ? gen : 0);
-    uint8_t *at = put64(body, valid);
-    at = put_qid(at, &st, path);
-    at = put32(put32(put32(at, st.stx_mode), st.stx_uid), st.stx_gid);
-    at = put64(put64(put64(at, st.stx_nlink), rdev), st.stx_size);
-    at = put64(put64(at, st.stx_blksize), st.stx_blocks);
-    at = put_time(put_time(put_time(at, st.stx_atime), st.stx_mtime), st.stx_ctime);
-    at = put_time(at, st.stx_btime);
-    put64(put64(at, generation), 0);
-    return 0;
+    if (!error)
+        put_attributes(body, &st, path, generation);
+    return error;
 }
 
 struct dirent64_head { /* getdents64(2); glibc's struct dirent64 has a fixed-size name */
@@ -327,8 +341,8 @@ int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size) {
  * example because it has vanished meanwhile, is left out. `at_root`: ".." is the directory itself,
  * as it is for a walk.
  */
-int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *devices, int count,
-                   uint8_t *out, uint32_t size) {
+int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_table *table, uint8_t *out,
+                   uint32_t size) {
     enum { CHUNK = 32768, FIXED = 13 + 8 + 1 + 2 };
     _Alignas(8) uint8_t chunk[CHUNK];
     uint32_t used = 0;
@@ -351,7 +365,7 @@ int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_device *de
             if (error)
                 continue;
             uint64_t path;
-            if (qid_path(&st, devices, count, &path))
+            if (qid_path(&st, table, &path))
                 return used ? (int64_t)used : -EDOM;
             uint8_t *to = put_qid(out + used, &st, path);
             to = put8(put64(to, offset), (uint8_t)((st.stx_mode & S_IFMT) >> 12)); /* IFTODT() */
@@ -457,6 +471,14 @@ int nd_fstatfs(int fd, nd_statfs *out) {
         .namelen = (uint64_t)st.f_namelen,
     };
     return 0;
+}
+
+/* The value of an extended attribute of what `fd` holds; its length, or -errno. */
+int64_t nd_getxattr(int fd, const char *name, uint8_t *out, uint32_t size) {
+    char path[32]; /* fgetxattr(2) refuses O_PATH descriptors */
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    ssize_t got = getxattr(path, name, out, size);
+    return got < 0 ? -errno : got;
 }
 
 /* This thread keeps its capabilities while its fsuid is a guest user's (capabilities(7),

@@ -59,8 +59,10 @@ typedef struct {
     uint32_t head, readable, writable, header_len, fault, size, type, tag;
 } np_request;
 
+/* One reply: `copy_len` bytes of the slot's reply buffer, of `used_len` in all. If `type` is not 0,
+ * the first 7 bytes are its 9P header, which is written here: the tag is the request's. */
 typedef struct {
-    uint32_t head, copy_len, used_len;
+    uint32_t head, type, copy_len, used_len;
 } np_done;
 
 /* Written by the device thread, read by anybody. */
@@ -863,10 +865,19 @@ static int np_vring_push(np_vring *v, uint32_t count) {
         np_done done = v->config.done[i];
         struct slot *slot = slot_in_flight(v, done.head);
         uint64_t room = slot ? slot->stream[NP_WRITABLE].bytes : 0;
-        if (!slot || done.used_len > room || done.copy_len > min(room, v->config.reply_stride))
+        if (!slot || done.used_len > room || done.copy_len > min(room, v->config.reply_stride) ||
+            (done.type && done.copy_len < PREFIX))
             break;
-        copy(slot, NP_WRITABLE, 0, v->config.replies + (size_t)done.head * v->config.reply_stride,
-             done.copy_len);
+        uint8_t *reply = v->config.replies + (size_t)done.head * v->config.reply_stride;
+        if (done.type) {
+            const uint8_t *request =
+                v->config.headers + (size_t)done.head * v->config.header_stride;
+            uint32_t size = htole32(done.used_len);
+            memcpy(reply, &size, sizeof size);
+            reply[TYPE] = (uint8_t)done.type;
+            memcpy(reply + TAG, request + TAG, PREFIX - TAG);
+        }
+        copy(slot, NP_WRITABLE, 0, reply, done.copy_len);
         uint32_t at = 2 * ((v->counters->used_index + i) & (v->config.num - 1));
         atomic_store_explicit(&v->used_ring[at], htole32(done.head), memory_order_relaxed);
         atomic_store_explicit(&v->used_ring[at + 1], htole32(done.used_len), memory_order_relaxed);

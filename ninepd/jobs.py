@@ -187,7 +187,7 @@ class Jobs:
         try:
             if not self._closed and job.work is not None:
                 reply = job.work(job.payload)
-                while type(reply) is Later:
+                while isinstance(reply, Later):
                     reply = reply.work(job.payload)
                 job.reply = reply
         except OSError as error:

@@ -29,13 +29,11 @@ from ninepd.fs.handles import Opened
 from ninepd.fs.ops import HANDLERS, Handler, fid_fields
 from ninepd.fs.security import privileged
 from ninepd.fs.server import Encoded, Later, Payload, Reply, Server, Service
-from ninepd.fs.volumes import Storage
 from ninepd.jobs import Job, Jobs
 from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
     CODEC_OF,
     CODECS,
-    HEADER,
     HEADER_SIZE,
     IO_HEADER,
     NUMBERS,
@@ -72,6 +70,8 @@ HEADER_LIMITS: Final = {NUMBERS[Twrite]: WRITE_HEADER}
 ERRORS: Final = frozenset({Rerror, RerrorPlain})
 """Errors in words, which are cut to what room there is. An Rlerror always fits."""
 RLERROR_SIZE: Final = HEADER_SIZE + 4
+_pack_done: Final = DONE.pack_into
+_DONE_SIZE: Final = int(DONE.size)
 _RWALK_FIXED: Final = 9
 _QID_SIZE: Final = 13
 _SEGMENTS: Final = 1024
@@ -206,7 +206,8 @@ class Pipeline:
             while not self._stopping:
                 count = self._vring.wait(self._poll_us)
                 for entry in REQUEST.iter_unpack(self._vring.batch[: count * REQUEST.size]):
-                    self._request(*entry)
+                    head, readable, writable, copied, fault, size, number, tag = entry
+                    self._request(head, readable, writable, copied, fault, size, number, tag)
                     if self.stuck:
                         return
                 if self._jobs.by_tag:
@@ -226,8 +227,9 @@ class Pipeline:
             self._vring.push(self._done)
             self._done = 0
 
-    def _push(self, head: int, copy: int, used: int) -> None:
-        DONE.pack_into(self._vring.done, self._done * DONE.size, head, copy, used)
+    def _push(self, head: int, number: int, copy: int, used: int) -> None:
+        """A reply is ready: C writes its header, and copies ``copy`` of its ``used`` bytes."""
+        _pack_done(self._vring.done, self._done * _DONE_SIZE, head, number, copy, used)
         self._done += 1
 
     def _follow_session(self) -> None:
@@ -249,7 +251,7 @@ class Pipeline:
     ) -> None:
         if copied < HEADER_SIZE or writable < RLERROR_SIZE:
             log.info("%s: request dropped: no header, or no room for a reply", self._name)
-            self._push(head, 0, 0)
+            self._push(head, 0, 0, 0)
             return
         server = self._server
         jobs = self._jobs
@@ -286,7 +288,7 @@ class Pipeline:
                 self._hand_over(server, head, tag, route, message, work)
                 return
             reply = handler(server, message, payload)
-            if type(reply) is Later:
+            if isinstance(reply, Later):
                 self._hand_over(server, head, tag, route, message, reply.work)
                 return
         except OSError as error:
@@ -327,9 +329,9 @@ class Pipeline:
     def _must_leave(self, server: Server, route: Route, message: Any) -> bool:
         """Is it on storage that may hang, or does it have to wait for others that are?"""
         fids = _fids(server, route, message)
-        if any(fid.handle.storage is Storage.REMOTE for fid in fids):
+        if any(fid.handle.remote for fid in fids):
             return True
-        if route.message is Tattach and server.tree.root.storage is Storage.REMOTE:
+        if route.message is Tattach and server.tree.root.remote:
             return True
         return bool(self._jobs) and self._jobs.must_wait(fids, _is_exclusive(fids, message))
 
@@ -385,33 +387,30 @@ class Pipeline:
         """Encode a reply into the slot; one that does not fit becomes an error."""
         if self._tracing:
             trace.debug("%s: tag %d %s", self._name, tag, reply)
-        kind = type(reply)
-        start = head * self._reply_stride
-        if kind is Encoded:
+        if isinstance(reply, Encoded):
             # Its space was checked beforehand, like that of all replies of a fixed size.
             size = HEADER_SIZE + reply.size
-            HEADER.pack_into(self._replies, start, size, reply.number, tag)
-            self._push(head, size, size)
+            self._push(head, reply.number, size, size)
             return
+        kind = type(reply)
         codec = CODEC_OF[kind]
+        body_at = head * self._reply_stride + HEADER_SIZE
         if isinstance(codec, FixedCodec):
-            copy = used = HEADER_SIZE + codec.size
-            if kind in WITH_DATA:
-                used += reply.nbytes
-            codec.place(self._replies, start, used, tag, reply)
-            self._push(head, copy, used)
+            size = HEADER_SIZE + codec.size
+            codec.place(self._replies, body_at, reply)
+            self._push(head, codec.number, size, size + reply.nbytes if kind in WITH_DATA else size)
             return
-        data = codec.encode(reply)
-        data = HEADER.pack(HEADER_SIZE + len(data), codec.number, tag) + data
+        body = codec.encode(reply)
+        size = HEADER_SIZE + len(body)
         room = self._payloads[head].room + IO_HEADER
-        if len(data) > room:
-            self._finish_too_long(head, tag, reply, len(data) - room)
-        elif len(data) <= self._reply_stride:
-            self._replies[start : start + len(data)] = data
-            self._push(head, len(data), len(data))
+        if size > room:
+            self._finish_too_long(head, tag, reply, size - room)
+        elif size <= self._reply_stride:
+            self._replies[body_at : body_at + len(body)] = body
+            self._push(head, codec.number, size, size)
         else:
-            self._vring.scatter(head, 0, data)
-            self._push(head, 0, len(data))
+            self._vring.scatter(head, HEADER_SIZE, body)
+            self._push(head, codec.number, HEADER_SIZE, size)
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
         if type(reply) not in ERRORS:
@@ -419,7 +418,7 @@ class Pipeline:
         elif reply.ename:
             self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
         else:
-            self._push(head, 0, 0)
+            self._push(head, 0, 0, 0)
 
 
 def _fids(server: Server, route: Route, message: Any) -> list[Fid]:

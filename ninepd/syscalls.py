@@ -4,42 +4,42 @@ Every function raises OSError with the kernel's errno. Descriptors returned are 
 close. The interpreter lock is released during each call.
 """
 
+import errno
 import os
 from struct import Struct
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import ninepd._libvring as _libvring
+from ninepd.tuples import made
 
 NO_ID: Final = 0xFFFFFFFF
 """Leaves a uid or gid as it is."""
 UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2
 GETATTR_BODY: Final = 153
+XATTR_SIZE_MAX: Final = 65536
+"""The longest value of an extended attribute (xattr(7))."""
+
+_USUAL_VALUE: Final = 256
 
 _UNMAPPED: Final = 1
 _HANDLE_MAX: Final = 132
-_STAT: Final = Struct("=6Q7I4x")
+_unpack_stat: Final = Struct("=4Q3I4x").unpack
 _STATFS: Final = Struct("=9Q")
 
 
 class Stat(NamedTuple):
-    """Attributes of one file; ``version`` and ``generation`` as the guest's qid and st_gen."""
+    """Attributes of one file; ``version`` is the guest's qid.version."""
 
     dev: int
     ino: int
     mnt_id: int
-    size: int
-    blocks: int
-    rdev: int
+    generation: int
+    """Tells two files apart that had the same inode number one after the other: for
+    ``getattr_body``."""
     mode: int
     nlink: int
-    uid: int
-    gid: int
     version: int
-    generation: int
-    """Tells two files apart that had the same inode number one after the other."""
-    has_generation: int
-    """1 if it is the file system's own, 0 if it is a guess, or absent."""
 
 
 class Statfs(NamedTuple):
@@ -61,19 +61,10 @@ class _Lib(Protocol):
     def nd_stat_at(self, dirfd: int, name: bytes, identify: bool, out: Any) -> int: ...
     def nd_open_scoped(self, dirfd: int, name: bytes, flags: int) -> int: ...
     def nd_open_parent(self, dirfd: int) -> int: ...
-    def nd_getattr(
-        self,
-        fd: int,
-        devices: Any,
-        count: int,
-        has_path: bool,
-        path: int,
-        has_generation: bool,
-        generation: int,
-        body: Any,
-    ) -> int: ...
+    def nd_getattr(self, fd: int, table: Any, generation: int, body: Any) -> int: ...
+    def nd_getattr_as(self, fd: int, path: int, generation: int, body: Any) -> int: ...
     def nd_readdir(
-        self, fd: int, offset: int, at_root: bool, devices: Any, count: int, out: Any, size: int
+        self, fd: int, offset: int, at_root: bool, table: Any, out: Any, size: int
     ) -> int: ...
     def nd_getdents(self, fd: int, offset: int, out: Any, size: int) -> int: ...
     def nd_create(
@@ -91,12 +82,14 @@ class _Lib(Protocol):
     def nd_fstatfs(self, fd: int, out: Any) -> int: ...
     def nd_file_handle(self, fd: int, out: Any) -> int: ...
     def nd_open_by_handle(self, mount_fd: int, handle: bytes, size: int, flags: int) -> int: ...
+    def nd_getxattr(self, fd: int, name: bytes, out: Any, size: int) -> int: ...
     def nd_keep_capabilities(self) -> int: ...
 
 
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 _new: Final = _ffi.new
+_STAT_TYPE: Final = _ffi.typeof("nd_stat *")
 view: Final = _ffi.from_buffer
 """C's view of a writable buffer of Python."""
 
@@ -119,26 +112,27 @@ class QidDevices:
     """The table that gives C the path number of an inode below 2^48: ``prefix | inode``."""
 
     def __init__(self) -> None:
-        self.count = 0
         self._room = 8
-        self.array = _new("nd_qid_device[]", self._room)
+        self.table = _new("nd_qid_table *", {"devices": self._room})
 
     def append(self, dev: int, prefix: int) -> None:
-        if self.count == self._room:
-            # Readers hold the old array alive; it stays right, only shorter.
-            larger = _new("nd_qid_device[]", self._room * 2)
-            larger[0 : self.count] = self.array[0 : self.count]
-            self.array, self._room = larger, self._room * 2
-        self.array[self.count].dev = dev
-        self.array[self.count].prefix = prefix
-        self.count += 1
+        table, count = self.table, self.table.count
+        if count == self._room:
+            # Readers hold the old table alive; it stays right, only shorter.
+            self._room *= 2
+            table = _new("nd_qid_table *", {"devices": self._room})
+            table.devices[0:count] = self.table.devices[0:count]
+        table.devices[count].dev = dev
+        table.devices[count].prefix = prefix
+        table.count = count + 1
+        self.table = table
 
 
 def walk(dirfd: int, name: bytes) -> tuple[int, Stat]:
     """An O_PATH descriptor of ``name`` in a directory, links not followed, and its attributes."""
-    out = _new("nd_stat *")
+    out = _new(_STAT_TYPE)
     fd = _checked(_lib.nd_walk(dirfd, name, out))
-    return fd, Stat._make(_STAT.unpack(_buffer(out)))
+    return fd, made(Stat, _unpack_stat(_buffer(out)))
 
 
 def stat(fd: int) -> Stat:
@@ -155,9 +149,9 @@ def stat_at(dirfd: int, name: bytes) -> Stat:
 
 
 def _stat(dirfd: int, name: bytes, identify: bool) -> Stat:
-    out = _new("nd_stat *")
+    out = _new(_STAT_TYPE)
     _checked(_lib.nd_stat_at(dirfd, name, identify, out))
-    return Stat._make(_STAT.unpack(_buffer(out)))
+    return made(Stat, _unpack_stat(_buffer(out)))
 
 
 def open_scoped(dirfd: int, name: bytes, flags: int) -> int:
@@ -170,22 +164,17 @@ def open_parent(dirfd: int) -> int:
     return _checked(_lib.nd_open_parent(dirfd))
 
 
-def getattr_body(
-    fd: int, devices: QidDevices, has_generation: bool, generation: int, body: Any
-) -> bool:
+def getattr_body(fd: int, devices: QidDevices, generation: int, body: Any) -> bool:
     """Write the body of an Rgetattr (9P2000.L) of what ``fd`` holds, GETATTR_BODY bytes.
 
     False if the table has no qid.path for it; then use ``getattr_body_as``.
     """
-    result = _lib.nd_getattr(
-        fd, devices.array, devices.count, False, 0, has_generation, generation, body
-    )
-    return _checked(result) != _UNMAPPED
+    return _checked(_lib.nd_getattr(fd, devices.table, generation, body)) != _UNMAPPED
 
 
-def getattr_body_as(fd: int, path: int, has_generation: bool, generation: int, body: Any) -> None:
+def getattr_body_as(fd: int, path: int, generation: int, body: Any) -> None:
     """The same with a given qid.path."""
-    _checked(_lib.nd_getattr(fd, _ffi.NULL, 0, True, path, has_generation, generation, body))
+    _checked(_lib.nd_getattr_as(fd, path, generation, body))
 
 
 def readdir(fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
@@ -194,7 +183,7 @@ def readdir(fd: int, offset: int, at_root: bool, devices: QidDevices, size: int)
     Empty at the end. EINVAL if not one entry fits, EDOM if the table has no number for the first.
     """
     out = _new("uint8_t[]", size)
-    got = _checked(_lib.nd_readdir(fd, offset, at_root, devices.array, devices.count, out, size))
+    got = _checked(_lib.nd_readdir(fd, offset, at_root, devices.table, out, size))
     return cast("bytes", _buffer(out)[0:got])
 
 
@@ -263,6 +252,21 @@ def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
     Needs CAP_DAC_READ_SEARCH. ``mount_fd`` must not be an O_PATH descriptor.
     """
     return _checked(_lib.nd_open_by_handle(mount_fd, handle, len(handle), flags))
+
+
+def getxattr(fd: int, name: bytes) -> bytes | None:
+    """The value of an extended attribute of what ``fd`` holds; None if it has none of that name.
+
+    That is the usual answer, and an exception would take longer than the call.
+    """
+    for size in (_USUAL_VALUE, XATTR_SIZE_MAX):
+        out = _new("uint8_t[]", size)
+        got = _lib.nd_getxattr(fd, name, out, size)
+        if got == -errno.ENODATA:
+            return None
+        if got != -errno.ERANGE:
+            break
+    return cast("bytes", _buffer(out)[0 : _checked(got)])
 
 
 def keep_capabilities() -> None:

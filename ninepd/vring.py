@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 from struct import Struct
-from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
 from ninepd.errors import RingBroken
 
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     CData: TypeAlias = FFI.CData
     Ring: TypeAlias = CData | None  # None once closed: cffi refuses it
 
-REQUEST = Struct("=8I")
+REQUEST: Final = Struct("=8I")
 """head, readable, writable, header length, fault (an errno or 0), and what the header says, as it
 came: size, type, tag."""
-DONE = Struct("=3I")  # head, bytes to copy from the reply arena, used length
+DONE: Final = Struct("=4I")
+"""head, type of the reply, bytes to copy from the reply arena, used length. C writes the header of
+the reply, whose tag is the request's; of none if the type is 0."""
 
 MESSAGE_TYPES = 256
 

@@ -23,7 +23,7 @@ LAYERS: Final = (
     {"fs"},
     {"vhostuser", "p9"},
     {"vring", "syscalls", "stats", "config"},
-    {"errors", "_libvring", "ninepd"},
+    {"errors", "tuples", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""
 RANK: Final = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -92,9 +92,9 @@ class Rig:
     def answer(self, head: int, reply: bytes) -> None:
         start = head * self.ring.reply_stride
         self.ring.replies[start : start + len(reply)] = reply
-        self.push((head, len(reply), len(reply)))
+        self.push((head, 0, len(reply), len(reply)))
 
-    def push(self, *entries: tuple[int, int, int]) -> None:
+    def push(self, *entries: tuple[int, int, int, int]) -> None:
         for i, entry in enumerate(entries):
             DONE.pack_into(self.ring.done, i * DONE.size, *entry)
         self.ring.push(len(entries))
@@ -188,7 +188,7 @@ def test_indices_wrap_and_a_ring_resumes_at_its_base() -> None:
 def test_batches(rig: Rig) -> None:
     heads = [rig.driver.submit([message(tag=i)]) for i in range(60)]
     assert [r[0] for r in rig.take()] == heads
-    rig.push(*((head, 0, 0) for head in reversed(heads)))
+    rig.push(*((head, 0, 0, 0) for head in reversed(heads)))
     assert rig.driver.wait_used(count=60) == [(head, 0) for head in reversed(heads)]
     assert rig.driver.called()
     assert rig.ring.counters.calls == 1
@@ -202,21 +202,34 @@ def test_a_batch_is_bounded() -> None:
 
 def test_push_refuses_what_does_not_fit(rig: Rig) -> None:
     head = rig.driver.submit([message()], [10])
-    for wrong in [(head, 0, 0), (127, 0, 0), (1 << 31, 0, 0)]:
+    for wrong in [(head, 0, 0, 0), (127, 0, 0, 0), (1 << 31, 0, 0, 0)]:
         with pytest.raises(ValueError, match="push"):
             rig.push(wrong)  # nothing is taken yet
     rig.take()
-    for wrong in [(head, 11, 10), (head, 10, 11), (head, 257, 10)]:
+    for wrong in [(head, 0, 11, 10), (head, 0, 10, 11), (head, 0, 257, 10), (head, 7, 6, 10)]:
         with pytest.raises(ValueError, match="push"):
             rig.push(wrong)
     assert rig.driver.used_idx == 0
-    rig.push((head, 10, 10))
+    rig.push((head, 0, 10, 10))
     assert rig.driver.used_idx == 1
     assert rig.driver.guards_intact(head)
     with pytest.raises(ValueError, match="push"):
-        rig.push((head, 10, 10))
+        rig.push((head, 0, 10, 10))
     with pytest.raises(ValueError, match="push"):
         rig.ring.push(129)
+
+
+def test_push_writes_the_header_of_a_reply(rig: Rig) -> None:
+    """Size and type as told, tag of the request, in front of what the reply buffer holds."""
+    heads = [rig.driver.submit([message(tag=tag)], [20]) for tag in (0x1234, 0xFFFF)]
+    rig.take()
+    for head in heads:
+        at = head * rig.ring.reply_stride
+        rig.ring.replies[at : at + 10] = b"headers" + b"abc"
+    rig.push((heads[0], 25, 10, 10), (heads[1], 117, 7, 15))
+    assert rig.driver.take_used() == [(heads[0], 10), (heads[1], 15)]
+    assert rig.driver.reply(heads[0], 10) == b"\x0a\0\0\0\x19\x34\x12" + b"abc"
+    assert rig.driver.reply(heads[1], 15)[:7] == b"\x0f\0\0\0\x75\xff\xff"
 
 
 def test_closed_ring_is_a_type_error(rig: Rig) -> None:
@@ -331,7 +344,7 @@ def test_long_tables_on_a_short_ring() -> None:
         head = rig.driver.submit([message()] + [b"ab"] * 60, [2] * 67, indirect=True, align=32)
         assert rig.take() == [(head, 127, 134, 127, 0)]
         rig.ring.scatter(head, 0, bytes(range(134)))
-        rig.push((head, 0, 134))
+        rig.push((head, 0, 0, 134))
         assert rig.driver.guards_intact(head)
         assert rig.driver.reply(head) == bytes(range(134))
 
@@ -542,7 +555,7 @@ def test_rewriting_driver_sees_one_consistent_snapshot() -> None:
                     assert fault in (0, errno.EFAULT)
                     if header:
                         assert rig.ring.gather(head, 0, 0) == b""
-                    rig.push((head, 0, 0))
+                    rig.push((head, 0, 0, 0))
         finally:
             stop.set()
             thread.join()
@@ -601,16 +614,16 @@ def test_event_idx_calls_only_when_asked(rig: Rig) -> None:
     heads = [d.submit([message()]) for _ in range(6)]
     rig.take()
     d.used_event = 40
-    rig.push((heads[0], 0, 0))
+    rig.push((heads[0], 0, 0, 0))
     assert d.called()  # the first decision after a start always notifies
-    rig.push((heads[1], 0, 0))
+    rig.push((heads[1], 0, 0, 0))
     assert not d.called()
     d.used_event = 3
-    rig.push((heads[2], 0, 0))  # used index 3: not past it yet
+    rig.push((heads[2], 0, 0, 0))  # used index 3: not past it yet
     assert not d.called()
-    rig.push((heads[3], 0, 0), (heads[4], 0, 0))
+    rig.push((heads[3], 0, 0, 0), (heads[4], 0, 0, 0))
     assert d.called()
-    rig.push((heads[5], 0, 0))
+    rig.push((heads[5], 0, 0, 0))
     assert not d.called()
     assert rig.ring.counters.calls == 2
 
@@ -621,10 +634,10 @@ def test_flags_call_only_when_asked() -> None:
         heads = [d.submit([message()]) for _ in range(2)]
         rig.take()
         d.avail_flags = 1
-        rig.push((heads[0], 0, 0))
+        rig.push((heads[0], 0, 0, 0))
         assert not d.called()
         d.avail_flags = 0
-        rig.push((heads[1], 0, 0))
+        rig.push((heads[1], 0, 0, 0))
         assert d.called()
 
 
@@ -638,7 +651,7 @@ def test_call_socket_full_and_hung_up() -> None:
             rig.take()
             if i == 1000:
                 d._call_end.shutdown(2)
-            rig.push((head, 0, 0))
+            rig.push((head, 0, 0, 0))
             d.reply(head)
         assert rig.ring.counters.calls == 2000
 
@@ -648,10 +661,10 @@ def test_no_call_descriptor_and_a_late_one() -> None:
         d = rig.driver
         heads = [d.submit([message()]) for _ in range(2)]
         rig.take()
-        rig.push((heads[0], 0, 0))
+        rig.push((heads[0], 0, 0, 0))
         rig.ring.set_call(d.call_fd)
         d.used_event = 1
-        rig.push((heads[1], 0, 0))
+        rig.push((heads[1], 0, 0, 0))
         assert d.called()
         rig.ring.set_call(-1)
 
@@ -663,7 +676,7 @@ def test_a_blocking_call_descriptor_that_is_full(rig: Rig) -> None:
     rig.ring.set_call(full)
     head = rig.driver.submit([message()])
     rig.take()
-    rig.push((head, 0, 0))
+    rig.push((head, 0, 0, 0))
     assert rig.driver.used_idx == 1
     signal_err(full)
     signal_err(-1)
@@ -729,7 +742,7 @@ class Device(threading.Thread):
         try:
             while not self.stopping:
                 taken = self.rig.take(self.spin)
-                self.rig.push(*((request[0], 0, 0) for request in taken))
+                self.rig.push(*((request[0], 0, 0, 0) for request in taken))
         except RingBroken as e:
             self.error = e
 
@@ -900,7 +913,7 @@ def test_zero_copy_read_and_write(rig: Rig, file: int, align: int) -> None:
     assert rig.take() == [(head, 23, 11 + len(data), 23, 0)]
     assert rig.ring.readv(head, 11, file, 1 << 32, 100) == len(data)
     rig.ring.scatter(head, 0, b"rread-head!")
-    rig.push((head, 0, 11 + len(data)))
+    rig.push((head, 0, 0, 11 + len(data)))
     assert rig.driver.guards_intact(head)
     assert rig.driver.reply(head) == b"rread-head!" + data
 
@@ -920,7 +933,7 @@ def test_partial_moves(rig: Rig, file: int) -> None:
     assert ring.readv(head, 0, file, 2, -1) == 2  # the file's own position
     assert ring.writev(head, 9, file, 100, 0) == 4
     assert os.pread(file, 20, 0) == b"cdef456789"
-    rig.push((head, 0, 12))
+    rig.push((head, 0, 0, 12))
     assert rig.driver.guards_intact(head)
     assert rig.driver.reply(head) == b"89\x00234567\x00\x009"
 
@@ -974,7 +987,7 @@ def test_more_segments_than_one_system_call_takes(file: int) -> None:
         assert rig.ring.readv(head, 5, file, 3000, 5) == 2995
         assert rig.ring.writev(head, 7, file, 1000, 0) == 1000
         assert rig.ring.gather(head, 7, 1000) == data[:1000]
-        rig.push((head, 0, 3000))
+        rig.push((head, 0, 0, 3000))
         assert rig.driver.guards_intact(head)
         assert rig.driver.reply(head)[5:] == data[5:]
 
@@ -994,7 +1007,7 @@ def test_scatter_and_gather(rig: Rig) -> None:
     ring.scatter(head, 0, bytearray(b"abcd"))
     ring.scatter(head, 4, memoryview(b"efghijklmno"))
     ring.scatter(head, 15, b"")
-    rig.push((head, 0, 15))
+    rig.push((head, 0, 0, 15))
     assert rig.driver.guards_intact(head)
     assert rig.driver.reply(head) == b"abcdefghijklmno"
 
@@ -1016,11 +1029,11 @@ def test_workers_use_their_slots_beside_the_device_thread(rig: Rig, file: int) -
     for _ in range(500):
         head = d.submit([message()])
         assert [r[0] for r in rig.take()] == [head]
-        rig.push((head, 0, 0))
+        rig.push((head, 0, 0, 0))
         d.reply(head)
     for thread in threads:
         thread.join()
-    rig.push(*((head, 0, 60_011) for head in heads))
+    rig.push(*((head, 0, 0, 60_011) for head in heads))
     for head in heads:
         assert d.guards_intact(head)
         assert d.reply(head)[11:] == data
@@ -1081,7 +1094,7 @@ def test_509_regions() -> None:
                 0,
             )
             assert hole(rig, (regions[1].gpa, 7, False), (region.gpa + page, 1, True))[3] == 14
-            rig.push(*((head, 0, 0) for head in list(d._chains)))
+            rig.push(*((head, 0, 0, 0) for head in list(d._chains)))
             for head in list(d._chains):
                 d.free(head)
         for region in regions[1:]:
@@ -1193,7 +1206,7 @@ def test_truncated_buffers(rig: Rig, file: int, victim: str) -> None:
             rig.ring.readv(head, 0, file, 4, 0)
         return
     elif victim == "push":
-        rig.push((head, 50, 50))
+        rig.push((head, 0, 50, 50))
     rig.ring.wake()
     for _ in range(2):
         with pytest.raises(RingBroken, match="vanished"):
@@ -1327,7 +1340,7 @@ def test_fuzzed_rings_only_break() -> None:
                         rig.ring.gather(head, readable // 2, min(readable // 2, 5000))
                         rig.ring.scatter(head, writable // 2, bytes(min(writable // 2, 5000)))
                         n = min(writable, rig.ring.reply_stride)
-                        rig.push((head, n, n))
+                        rig.push((head, 0, n, n))
                         outcomes["served"] += 1
             except RingBroken as e:
                 outcomes["broken"] += 1

@@ -32,10 +32,9 @@ def getattr(server: Server, message: Tgetattr, payload: Payload) -> Reply:  # no
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
     handle = server.file(message.fid).handle
     qids = server.tree.qids
-    generation = handle.has_generation, handle.generation
-    if not syscalls.getattr_body(handle.fd, qids.devices, *generation, payload.body):
+    if not syscalls.getattr_body(handle.fd, qids.devices, handle.generation, payload.body):
         path = qids.path(server.tree.stat(handle))
-        syscalls.getattr_body_as(handle.fd, path, *generation, payload.body)
+        syscalls.getattr_body_as(handle.fd, path, handle.generation, payload.body)
     return _ENCODED
 
 

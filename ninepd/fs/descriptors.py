@@ -94,8 +94,23 @@ class Holder:
             budget.resting -= 1
             budget.add(self)
 
+    def join(self) -> None:
+        """Be counted from now on."""
+        budget = self.budget
+        with budget.lock:
+            budget.add(self)
+
+    def leave(self) -> int:
+        """Not be counted any more; under the budget's lock. Returns what is to be closed, or -1."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            self.budget.resting -= 1
+        else:
+            self.budget.remove(self)
+        return fd
+
     def rest(self) -> None:
-        """Close until the next use."""
+        """Close until the next use; under the budget's lock."""
         self.budget.remove(self)
         self.budget.resting += 1
         fd, self._fd = self._fd, -1
@@ -106,14 +121,10 @@ class Holder:
 
     def discard(self) -> None:
         """Close for good. OSError, as of close(2): it is closed all the same."""
-        budget = self.budget
-        with budget.lock:
-            fd, self._fd = self._fd, -1
-            if fd < 0:
-                budget.resting -= 1
-                return
-            budget.remove(self)
-        os.close(fd)
+        with self.budget.lock:
+            fd = self.leave()
+        if fd >= 0:
+            os.close(fd)
 
     @abstractmethod
     def _restore(self) -> int:
@@ -131,6 +142,7 @@ class Budget:
         self.limit = limit
         self._high = limit - limit // 16
         self.lock = threading.RLock()
+        """Guards it, its holders' descriptors, and the handle table."""
         self._frozen = False
         self.resting = 0
         """Holders that are put aside."""
@@ -144,17 +156,16 @@ class Budget:
         return len(self._open)
 
     def add(self, holder: Holder) -> None:
-        with self.lock:
-            holder.at = len(self._open)
-            self._open.append(holder)
+        """Under the lock, like ``remove``."""
+        holder.at = len(self._open)
+        self._open.append(holder)
 
     def remove(self, holder: Holder) -> None:
-        with self.lock:
-            assert self._open[holder.at] is holder  # noqa: S101 - else others would be mixed up
-            last = self._open.pop()
-            if last is not holder:  # it fills the gap
-                self._open[holder.at] = last
-                last.at = holder.at
+        assert self._open[holder.at] is holder  # noqa: S101 - else others would be mixed up
+        last = self._open.pop()
+        if last is not holder:  # it fills the gap
+            self._open[holder.at] = last
+            last.at = holder.at
 
     @property
     def crowded(self) -> bool:

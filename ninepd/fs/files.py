@@ -17,7 +17,6 @@ from ninepd.fs.handles import Opened
 from ninepd.fs.locks import Owner
 from ninepd.fs.server import Later, Payload, Reply, Server
 from ninepd.fs.tree import check_name
-from ninepd.fs.volumes import Storage
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
     LOCK_FLAG_RECLAIM,
@@ -42,6 +41,7 @@ from ninepd.p9.messages import (
     Treaddir,
     Twrite,
 )
+from ninepd.tuples import made
 
 _HOST_FLAGS: Final = {
     OpenFlag.WRONLY: os.O_WRONLY,
@@ -154,7 +154,7 @@ def read(server: Server, message: Tread, payload: Payload) -> Reply:
     file = _open_file(fid)
     count = min(message.nbytes, payload.room)
     _check_offset(message.offset, count)
-    if fid.handle.storage is not Storage.LOCAL:
+    if fid.handle.in_memory or fid.handle.remote:
         return _read_rest(file.fd, message.offset, count, 0, payload)
     done = 0
     while done < count:
@@ -169,7 +169,7 @@ def read(server: Server, message: Tread, payload: Payload) -> Reply:
         if not got:
             break
         done += got
-    return Rread(done)
+    return made(Rread, (done,))
 
 
 def _read_rest(fd: int, offset: int, count: int, done: int, payload: Payload) -> Reply:
@@ -178,7 +178,7 @@ def _read_rest(fd: int, offset: int, count: int, done: int, payload: Payload) ->
         if not got:
             break
         done += got
-    return Rread(done)
+    return made(Rread, (done,))
 
 
 def write(server: Server, message: Twrite, payload: Payload) -> Reply:
@@ -190,7 +190,7 @@ def write(server: Server, message: Twrite, payload: Payload) -> Reply:
         return xattrs.write(fid.opened, message, payload)
     file = _open_file(fid)
     _check_offset(message.offset, message.nbytes)
-    if file.synchronous and fid.handle.storage is not Storage.MEMORY:
+    if file.synchronous and not fid.handle.in_memory:
         return Later(partial(_write_all, file.fd, message))
     return _write_all(file.fd, message, payload)
 
@@ -207,7 +207,7 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
         if not got:
             raise OSError(errno.EIO, "the file took no data")
         done += got
-    return Rwrite(done)
+    return made(Rwrite, (done,))
 
 
 def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
@@ -263,7 +263,7 @@ def fsync(server: Server, message: Tfsync, payload: Payload) -> Reply:
     """On a worker, unless the file is in memory only. Directories too."""
     fid = server.fid(message.fid)
     flush = partial(_flush, opened(fid).fd, bool(message.datasync))
-    return flush(payload) if fid.handle.storage is Storage.MEMORY else Later(flush)
+    return flush(payload) if fid.handle.in_memory else Later(flush)
 
 
 def _flush(fd: int, data_only: bool, _payload: Payload) -> Reply:

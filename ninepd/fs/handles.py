@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 import stat as st
-import threading
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -21,7 +20,7 @@ from ninepd import syscalls
 from ninepd.config import Multidevs
 from ninepd.fs.cookies import Cookies
 from ninepd.fs.descriptors import Budget, Holder, on_worker
-from ninepd.fs.volumes import Storage, Volume, Volumes
+from ninepd.fs.volumes import Volume, Volumes
 from ninepd.syscalls import Stat
 
 Place: TypeAlias = "tuple[Handle, bytes]"
@@ -45,7 +44,6 @@ class Handle(Holder):
         "_table",
         "directory",
         "generation",
-        "has_generation",
         "ino",
         "kind",
         "opened",
@@ -56,7 +54,6 @@ class Handle(Holder):
 
     def __init__(self, fd: int, stat: Stat, volume: Volume, table: "HandleTable") -> None:
         super().__init__(fd)
-        self.has_generation = bool(stat.has_generation)
         self.refs: i32 = 1
         self.kind: i32 = st.S_IFMT(stat.mode)
         """S_IFMT bits; an inode never changes them."""
@@ -78,8 +75,14 @@ class Handle(Holder):
         return self._table.budget
 
     @property
-    def storage(self) -> Storage:
-        return self.volume.storage
+    def in_memory(self) -> bool:
+        """Is no call on it ever kept waiting?"""
+        return self.volume.in_memory
+
+    @property
+    def remote(self) -> bool:
+        """May any call on it be kept waiting, for any time?"""
+        return self.volume.remote
 
     @property
     def path(self) -> str:
@@ -147,7 +150,7 @@ class Opened(Holder):
         self.cookies: Cookies | None = handle.opened[0].cookies if handle.opened else None
         """Of a directory that was read."""
         handle.opened = (*handle.opened, self)
-        self.budget.add(self)
+        self.join()
 
     @property
     def budget(self) -> Budget:
@@ -181,7 +184,7 @@ class HandleTable:
         self.budget = budget
         self.volumes = Volumes(by_handle, multidevs)
         self._by_handle = by_handle
-        self._lock = threading.Lock()
+        self._lock = budget.lock
 
     def adopt(self, fd: int, stat: Stat, place: Place | None = None) -> Handle:
         """The Handle of a fresh O_PATH descriptor, which is taken over, even by an error.
@@ -238,7 +241,9 @@ class HandleTable:
                     del volume.handles[handle.ino]
                     if not volume.handles:
                         self.volumes.drop(volume)
-            handle.discard()
+                fd = handle.leave()
+            if fd >= 0:
+                os.close(fd)
             # A loop, because the chain of directories may be long.
             directory = handle.put_in(None, b"")
             if directory is None:
@@ -249,7 +254,7 @@ class HandleTable:
 
     def may_rest(self, handle: Handle) -> bool:
         """Can the handle, which is open, be found again if its descriptor is closed now?"""
-        if handle.storage is Storage.REMOTE:
+        if handle.remote:
             return False
         try:
             if not syscalls.stat(handle.fd).nlink:
@@ -268,7 +273,7 @@ class HandleTable:
         Only by file handle: by name it could be gone by then, and its data with it.
         """
         handle = file.handle
-        if not self._by_handle or handle.storage is Storage.REMOTE:
+        if not self._by_handle or handle.remote:
             return False
         if handle.is_open:
             return True

@@ -57,7 +57,7 @@ def symlink(server: Server, message: Tsymlink, _payload: Payload) -> Reply:
     server.refuse_if_readonly()
     parent = server.directory(message.dfid)
     check_name(message.name)
-    if b"\0" in message.target:
+    if 0 in message.target:
         raise OSError(errno.EINVAL, "a link's target must not contain a NUL byte")
     uid, gid = server.model.identity(parent.uid, message.gid)
     syscalls.symlink(message.target, parent.handle.fd, message.name, uid, gid)

@@ -12,15 +12,18 @@ when taken: injective always, and the same after a restart unless two hashes met
 
 import threading
 from hashlib import blake2b
-from stat import S_ISDIR, S_ISLNK
+from stat import S_IFDIR, S_IFLNK
 from typing import Final
 
 from ninepd.p9.messages import Qid, QidType
 from ninepd.syscalls import QidDevices, Stat
+from ninepd.tuples import made
 
 INODE_BITS: Final = 48
 DEVICE_BITS: Final = 15
 _LARGE: Final = 1 << 63
+_S_IFMT: Final = 0o170000
+_TYPES: Final = {S_IFDIR: QidType.DIR, S_IFLNK: QidType.SYMLINK}
 
 
 def _hash(*numbers: int) -> int:
@@ -78,5 +81,4 @@ class QidMap:
 
     def qid(self, stat: Stat) -> Qid:
         """The whole qid of a file."""
-        kind = QidType.DIR if S_ISDIR(stat.mode) else QidType.SYMLINK if S_ISLNK(stat.mode) else 0
-        return Qid(int(kind), stat.version, self.path(stat))
+        return made(Qid, (_TYPES.get(stat.mode & _S_IFMT, 0), stat.version, self.path(stat)))

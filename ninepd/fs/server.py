@@ -12,10 +12,9 @@ everything on remote ones (jobs.py).
 import errno
 import logging
 import threading
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from ninepd.fs.descriptors import Holder, on_worker
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
@@ -55,20 +54,26 @@ class Payload(Protocol):
         """Copy the first ``count`` bytes of the request's data."""
 
 
-class Encoded(NamedTuple):
-    """A reply whose body C has encoded into ``payload.body``."""
+class Encoded:
+    """A reply whose body, ``size`` bytes, C has encoded into ``payload.body``."""
 
-    number: int
-    size: int
+    __slots__ = ("number", "size")
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
+        self.size = size
 
 
-class Later(NamedTuple):
+class Later:
     """The rest of a request, which may block; ``work`` returns the reply or raises OSError.
 
     It is given a payload of its own: guest memory may be gone by the time it runs.
     """
 
-    work: Callable[[Payload], Any]
+    __slots__ = ("work",)
+
+    def __init__(self, work: Callable[[Payload], Any]) -> None:
+        self.work = work
 
 
 Reply: TypeAlias = Any

@@ -20,6 +20,7 @@ from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
 
 NAME_MAX: Final = 255
+_SLASH: Final = 0x2F
 
 
 def check_name(name: bytes, dots: int = errno.EEXIST) -> None:
@@ -28,9 +29,9 @@ def check_name(name: bytes, dots: int = errno.EEXIST) -> None:
     ``dots`` is the errno for "." and "..", which depends on the operation. Errnos are those of
     QEMU's server, so guests see no difference.
     """
-    if not name or b"/" in name:
+    if not name or _SLASH in name:
         raise OSError(errno.ENOENT, "a name must not be empty or contain '/'")
-    if b"\0" in name:
+    if 0 in name:
         raise OSError(errno.EINVAL, "a name must not contain a NUL byte")
     if name in {b".", b".."}:
         raise OSError(dots, f"{name.decode()} cannot be used here")

@@ -82,12 +82,13 @@ class Volume:
     The mount belongs to it, because a device may be mounted twice, once of it read-only.
     """
 
-    __slots__ = ("dev", "handles", "mount", "storage")
+    __slots__ = ("dev", "handles", "in_memory", "mount", "remote")
 
     def __init__(self, mount: Mount, dev: int, storage: Storage) -> None:
         self.mount = mount
         self.dev = dev
-        self.storage = storage
+        self.in_memory = storage is Storage.MEMORY
+        self.remote = storage is Storage.REMOTE
         self.handles: dict[int, Handle] = {}
         """By inode number. The handle table's."""
 

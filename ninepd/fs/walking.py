@@ -2,12 +2,12 @@
 
 import errno
 from functools import partial
+from typing import Final
 
 from ninepd.fs.descriptors import on_worker
 from ninepd.fs.fid import XattrWriter
 from ninepd.fs.handles import Handle, HandleTable
 from ninepd.fs.server import Later, Payload, Reply, Server
-from ninepd.fs.volumes import Storage
 from ninepd.fs.xattrs import commit
 from ninepd.p9.messages import (
     NO_ID,
@@ -22,6 +22,9 @@ from ninepd.p9.messages import (
     Twalk,
 )
 from ninepd.p9.session import Dialect
+from ninepd.tuples import made
+
+_CLUNKED: Final = Rclunk()
 
 
 def number_of(text: bytes) -> int:
@@ -80,7 +83,7 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
     qids: list[Qid] = []
     try:
         for name in names:
-            if handle.storage is Storage.REMOTE and not on_worker():
+            if handle.remote and not on_worker():
                 _release(handles, found)
                 return Later(partial(walk, server, message))
             handle, stat = tree.walk(handle, name)
@@ -90,7 +93,7 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         _release(handles, found)
         if not qids:
             raise
-        return Rwalk(tuple(qids))
+        return made(Rwalk, (tuple(qids),))
     if found:
         found.pop()
         elsewhere = handles.note(handle, found[-1] if found else start.handle, names[-1])
@@ -103,7 +106,7 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         server.replace(start, handle, elsewhere)
     else:
         server.add(message.newfid, handle, start.uid, elsewhere)
-    return Rwalk(tuple(qids))
+    return made(Rwalk, (tuple(qids),))
 
 
 def _release(handles: HandleTable, found: list[Handle]) -> None:
@@ -124,4 +127,4 @@ def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
             server.close_file(fid)
     finally:
         server.retire(fid)
-    return Rclunk()
+    return _CLUNKED

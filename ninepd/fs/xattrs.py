@@ -8,6 +8,7 @@ import errno
 import os
 from typing import Final
 
+from ninepd import syscalls
 from ninepd.fs.fid import XattrValue, XattrWriter
 from ninepd.fs.handles import Handle
 from ninepd.fs.security import ACLS
@@ -24,14 +25,13 @@ from ninepd.p9.messages import (
     Txattrcreate,
     Txattrwalk,
 )
+from ninepd.syscalls import XATTR_SIZE_MAX
 
-VALUE_MAX: Final = 65536
-"""The kernel's XATTR_SIZE_MAX."""
 NAME_MAX: Final = 255
 
 
 def _check_name(server: Server, name: bytes) -> None:
-    if not name or b"\0" in name:
+    if not name or 0 in name:
         raise OSError(errno.EINVAL, "no name for an extended attribute")
     if len(name) > NAME_MAX:
         raise OSError(errno.ERANGE, f"names of extended attributes have at most {NAME_MAX} bytes")
@@ -43,12 +43,14 @@ def xattrwalk(server: Server, message: Txattrwalk, _payload: Payload) -> Reply:
     """``newfid`` reads the value of an attribute, or, for an empty name, the list of names."""
     fid = server.file(message.fid)
     server.session.check_free(message.newfid)
-    path = fid.handle.path
     if message.name:
         _check_name(server, message.name)
-        value = os.getxattr(path, message.name)
+        found = syscalls.getxattr(fid.handle.fd, message.name)
+        if found is None:
+            return server.session.error(errno.ENODATA)
+        value = found
     else:
-        names = map(os.fsencode, os.listxattr(path))
+        names = map(os.fsencode, os.listxattr(fid.handle.path))
         value = b"".join([name + b"\0" for name in names if server.model.allows_xattr(name)])
     server.check_xattr_room()
     reader = server.add(message.newfid, server.tree.handles.share(fid.handle), fid.uid)
@@ -62,8 +64,8 @@ def xattrcreate(server: Server, message: Txattrcreate, _payload: Payload) -> Rep
     server.refuse_if_readonly()
     fid = server.unopened(message.fid)
     _check_name(server, message.name)
-    if message.attr_size > VALUE_MAX:
-        raise OSError(errno.E2BIG, f"an extended attribute has at most {VALUE_MAX} bytes")
+    if message.attr_size > XATTR_SIZE_MAX:
+        raise OSError(errno.E2BIG, f"an extended attribute has at most {XATTR_SIZE_MAX} bytes")
     if message.flags & ~(XATTR_CREATE | XATTR_REPLACE):
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
     server.check_xattr_room()

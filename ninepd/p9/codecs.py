@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from ninepd.errors import ProtocolError
+from ninepd.tuples import made
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -24,6 +25,7 @@ class Qid(NamedTuple):
 HEADER: Final = Struct("<IBH")
 HEADER_SIZE: Final = 7
 QID: Final = Struct("<BIQ")
+_pack_qid: Final = QID.pack
 _QID_KIND: Final = "BIQ"
 MAX_WALK: Final = 16
 
@@ -40,7 +42,8 @@ class Codec:
         """``kinds``: for each field a letter of struct, "BIQ" for a qid, or one of VARIABLE."""
         self.message = message
         self.number = number
-        self.required = len(kinds) - len(message._field_defaults)
+        self.count = len(kinds)
+        self.required = self.count - len(message._field_defaults)
         self.size = sum([2 if kind in VARIABLE else Struct("<" + kind).size for kind in kinds])
         """Bytes of the shortest body: strings and lists empty, optional fields there."""
 
@@ -59,33 +62,35 @@ class FixedCodec(Codec):
     def __init__(self, message: Any, number: int, kinds: list[str]) -> None:
         super().__init__(message, number, kinds)
         layout = "".join(kinds)
-        self._make = message._make
         self._qid = kinds.index(_QID_KIND) if _QID_KIND in kinds else -1
-        self._fields = Struct("<" + layout)
+        fields = Struct("<" + layout)
+        self._unpack_from = fields.unpack_from
+        self._pack = fields.pack
+        self._pack_into = fields.pack_into
         self._least = Struct("<" + layout[: len(layout) - len(message._field_defaults)])
-        self._with_header = Struct(HEADER.format + layout)
 
     def decode(self, buffer: Buffer, start: int, end: int) -> Any:
         if end - start < self.size:
             if end - start == self._least.size:
                 return self.message(*self._least.unpack_from(buffer, start))
             raise ProtocolError(f"{self.message.__name__} is {self.size - (end - start)} short")
-        values = self._fields.unpack_from(buffer, start)
+        values: tuple[Any, ...] = self._unpack_from(buffer, start)
         at = self._qid
         if at >= 0:
-            values = (*values[:at], Qid._make(values[at : at + 3]), *values[at + 3 :])
-        return self._make(values)
+            values = (*values[:at], made(Qid, values[at : at + 3]), *values[at + 3 :])
+        return made(self.message, values)
 
     def _flat(self, value: Any) -> Any:
         at = self._qid
         return value if at < 0 else (*value[:at], *value[at], *value[at + 1 :])
 
     def encode(self, value: Any) -> bytes:
-        return self._fields.pack(*self._flat(value))
+        return self._pack(*self._flat(value))
 
-    def place(self, buffer: memoryview, at: int, size: int, tag: int, value: Any) -> None:
-        """Write a message with its header, whose size field is ``size``."""
-        self._with_header.pack_into(buffer, at, size, self.number, tag, *self._flat(value))
+    def place(self, buffer: memoryview, at: int, value: Any) -> None:
+        """Write the body of a message."""
+        if self.size:
+            self._pack_into(buffer, at, *self._flat(value))
 
 
 class _Step:
@@ -94,7 +99,10 @@ class _Step:
     def __init__(self, layout: str, kind: str) -> None:
         self.width = len(layout)
         self.kind = kind
-        self.fields = Struct("<" + layout + ("H" if kind else ""))
+        fields = Struct("<" + layout + ("H" if kind else ""))
+        self.size: int = fields.size
+        self.unpack_from = fields.unpack_from
+        self.pack = fields.pack
 
 
 class VariableCodec(Codec):
@@ -124,16 +132,14 @@ class VariableCodec(Codec):
         for step in self._steps:
             if at == end and len(values) == self.required:
                 break
-            stop = at + int(step.fields.size)
+            stop = at + step.size
             if stop > end:
                 raise ProtocolError(f"{self.message.__name__} is cut short")
-            numbers = step.fields.unpack_from(data, at)
+            values.extend(step.unpack_from(data, at))
             at = stop
             if not step.kind:
-                values.extend(numbers)
                 continue
-            values.extend(numbers[: step.width])
-            count: int = numbers[step.width]
+            count: int = values.pop()
             if step.kind == STRING:
                 stop = at + count
                 if stop > end:
@@ -147,9 +153,11 @@ class VariableCodec(Codec):
                 stop = at + count * int(QID.size)
                 if stop > end:
                     raise ProtocolError("the qids run past the end of the message")
-                values.append(tuple([Qid._make(qid) for qid in QID.iter_unpack(data[at:stop])]))
+                values.append(tuple([made(Qid, qid) for qid in QID.iter_unpack(data[at:stop])]))
                 at = stop
-        return self.message(*values)
+        if len(values) < self.count:  # what may be missing
+            return self.message(*values)
+        return made(self.message, tuple(values))
 
     def encode(self, value: Any) -> bytes:
         parts: list[bytes] = []
@@ -159,17 +167,17 @@ class VariableCodec(Codec):
             numbers = value[at:stop]
             at = stop
             if not step.kind:
-                parts.append(step.fields.pack(*numbers))
+                parts.append(step.pack(*numbers))
                 continue
             field = value[at]
             at += 1
-            parts.append(step.fields.pack(*numbers, len(field)))
+            parts.append(step.pack(*numbers, len(field)))
             if step.kind == STRING:
                 parts.append(field)
             elif step.kind == NAMES:
                 parts.extend([len(name).to_bytes(2, "little") + name for name in field])
             else:
-                parts.extend([QID.pack(*qid) for qid in field])
+                parts.extend([_pack_qid(kind, version, path) for kind, version, path in field])
         return b"".join(parts)
 
 
