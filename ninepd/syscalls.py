@@ -89,7 +89,6 @@ class _Lib(Protocol):
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 _new: Final = _ffi.new
-_STAT_TYPE: Final = _ffi.typeof("nd_stat *")
 view: Final = _ffi.from_buffer
 """C's view of a writable buffer of Python."""
 
@@ -128,11 +127,30 @@ class QidDevices:
         self.table = table
 
 
+_spare: Final[list[Any]] = []
+"""An nd_stat for each thread that was in a call, with Python's view of it: making one takes longer
+than the call."""
+
+
+def _stat_room() -> Any:
+    try:
+        return _spare.pop()
+    except IndexError:
+        room = _new("nd_stat *")
+        return room, _buffer(room)
+
+
+def _stat_in(room: Any) -> Stat:
+    found = made(Stat, _unpack_stat(room[1]))
+    _spare.append(room)
+    return found
+
+
 def walk(dirfd: int, name: bytes) -> tuple[int, Stat]:
     """An O_PATH descriptor of ``name`` in a directory, links not followed, and its attributes."""
-    out = _new(_STAT_TYPE)
-    fd = _checked(_lib.nd_walk(dirfd, name, out))
-    return fd, made(Stat, _unpack_stat(_buffer(out)))
+    out = _stat_room()
+    fd = _checked(_lib.nd_walk(dirfd, name, out[0]))
+    return fd, _stat_in(out)
 
 
 def stat(fd: int) -> Stat:
@@ -149,9 +167,9 @@ def stat_at(dirfd: int, name: bytes) -> Stat:
 
 
 def _stat(dirfd: int, name: bytes, identify: bool) -> Stat:
-    out = _new(_STAT_TYPE)
-    _checked(_lib.nd_stat_at(dirfd, name, identify, out))
-    return made(Stat, _unpack_stat(_buffer(out)))
+    out = _stat_room()
+    _checked(_lib.nd_stat_at(dirfd, name, identify, out[0]))
+    return _stat_in(out)
 
 
 def open_scoped(dirfd: int, name: bytes, flags: int) -> int:

@@ -12,9 +12,10 @@ everything on remote ones (jobs.py).
 import errno
 import logging
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ninepd.fs.descriptors import Holder, on_worker
 from ninepd.fs.fid import Fid, XattrValue, XattrWriter
@@ -30,26 +31,32 @@ log = logging.getLogger(__name__)
 MAX_XATTR_FIDS: Final = 1024
 
 
-class Payload(Protocol):
+class Payload:
     """The data part of one request, in guest memory: behind the message or behind its reply."""
 
-    room: int
-    """Bytes of data that fit behind the 11 bytes of an Rread or Rreaddir."""
-    available: int
-    """Bytes of data behind the 23 bytes of a Twrite."""
+    __slots__ = ("available", "body", "room")
 
+    def __init__(self, available: int, room: int, body: Any) -> None:
+        self.available = available
+        """Bytes of data behind the 23 bytes of a Twrite."""
+        self.room = room
+        """Bytes of data that fit behind the 11 bytes of an Rread or Rreaddir."""
+        self.body = body
+        """C's view of the buffer for a small reply, behind its header: for ``Encoded``."""
+
+    @abstractmethod
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         """preadv2 into the reply's data after ``skip`` bytes; returns bytes, raises OSError."""
 
+    @abstractmethod
     def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         """pwritev2 from the request's data after ``skip`` bytes; returns bytes, raises OSError."""
 
-    body: Any
-    """C's view of the buffer for a small reply, behind its header: for ``Encoded``."""
+    @abstractmethod
+    def put(self, data: bytes, skip: int = 0) -> None:
+        """Copy ``data`` into the reply's data after ``skip`` bytes."""
 
-    def put(self, data: bytes) -> None:
-        """Copy ``data`` to the start of the reply's data."""
-
+    @abstractmethod
     def take(self, count: int) -> bytes:
         """Copy the first ``count`` bytes of the request's data."""
 
