@@ -395,6 +395,24 @@ def test_removal_of_a_file_that_the_host_has_moved(client: Client, export: Path)
     assert os.listdir(export / "a/b") == []
 
 
+def test_two_fids_of_one_file_remember_their_own_names(client: Client, export: Path) -> None:
+    (export / "d").mkdir()
+    (export / "first").write_text("")
+    (export / "second").hardlink_to(export / "first")
+    (export / "d/third").hardlink_to(export / "first")
+    for fid, path in enumerate([(b"first",), (b"second",), (b"d", b"third"), (b"first",)], 1):
+        client.walk(ROOT, fid, *path)
+    client.rpc(Tremove(2))
+    assert sorted(os.listdir(export)) == ["d", "first"]
+    client.walk(ROOT, 5, b"d")
+    client.rpc(Trenameat(ROOT, b"first", 5, b"renamed"))
+    client.rpc(Tremove(3))
+    assert os.listdir(export / "d") == ["renamed"]
+    client.walk(4, 6)  # a clone of a fid whose name has gone
+    client.rpc(Tremove(6))
+    assert os.listdir(export / "d") == []
+
+
 def test_hint_follows_the_parent(client: Client, export: Path) -> None:
     """The parent is held as well, so its own renames do not matter."""
     (export / "a/b").mkdir(parents=True)

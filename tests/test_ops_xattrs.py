@@ -119,6 +119,13 @@ def test_unknown_flags(client: Client, file: Path) -> None:
     assert client.error(Txattrcreate(1, b"user.a", 1, 0x80000000)) == "EINVAL"
 
 
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 2000])
+def test_values_of_all_sizes(client: Client, file: Path, size: int) -> None:
+    value = os.urandom(size)
+    os.setxattr(file, "user.sized", value)
+    assert client.get_xattr(1, b"user.sized") == value
+
+
 def test_value_of_64_kib(client: Client, wide: Path) -> None:
     value = os.urandom(65536)
     client.set_xattr(1, b"user.big", value)

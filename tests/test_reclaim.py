@@ -268,3 +268,18 @@ def test_removal_by_a_fid_whose_inode_was_recycled(start: Start, export: Path) -
         assert error_of(client, Tremove(fid)) == errno.ESTALE
         assert path.read_text() == "new"
     assert victims, "this file system has recycled none: the test shows nothing"
+
+
+def test_places_that_form_a_ring_are_let_go(daemon: Daemon, client: Client, export: Path) -> None:
+    """By what was found first, each of two directories lies in the other."""
+    (export / "b/a").mkdir(parents=True)
+    idle = daemon.descriptors()
+    client.walk(ROOT, 1, b"b")
+    client.walk(1, 2, b"a")
+    (export / "b/a").rename(export / "a")
+    client.rpc(Trenameat(ROOT, b"b", 2, b"b"))
+    assert (export / "a/b").is_dir()
+    assert daemon.descriptors() == idle + 2
+    for fid in (1, 2):
+        client.rpc(Tclunk(fid))
+    assert daemon.descriptors() == idle
