@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: the C parts, and the modules that mypyc compiles.
 
-Compiled are those that every request passes through: the same Python, typed, at about 1.7 times the
-speed of the interpreter (a getattr took 2.2 us instead of 3.7). The others gain nothing by it.
+Compiled are those that every request passes through: the same Python, typed, at two to three times
+the speed of the interpreter (a getattr took 1.3 us instead of 2.9, a walk with its clunk 7.5 instead
+of 20). The others gain nothing by it.
 """
 
 from glob import glob
@@ -22,7 +23,10 @@ HOT = [
     *sorted(glob("ninepd/fs/*.py")),
 ]
 
-setup(
-    cffi_modules=["ninepd/_vring_build.py:ffibuilder"],
-    ext_modules=mypycify(["--strict", *HOT], group_name="ninepd"),
-)
+compiled = mypycify(["--strict", *HOT], group_name="ninepd")
+for extension in compiled:
+    # What mypyc writes is not ours: no warning of a future compiler may keep anybody from building.
+    flags = extension.extra_compile_args
+    extension.extra_compile_args = [flag for flag in flags if flag != "-Werror"]
+
+setup(cffi_modules=["ninepd/_vring_build.py:ffibuilder"], ext_modules=compiled)

@@ -141,8 +141,6 @@ class Device:
     def _run(self) -> None:
         """Let the wanted ring go on, or start anew: then with a new 9P session as well."""
         state = self._session.state
-        if self._kick == _NONE:
-            raise Refused("a ring without a kick eventfd is not served")
         layout = (*_layout(state), self._kick)
         if state.ring.base != self._position:
             # The guest has reset the device. At the same position it may have, too: then its

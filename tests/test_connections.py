@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def test_kicks_stop_and_come_by_another_descriptor(
             for _ in range(20):  # the first may be seen without a kick
                 client.getattr(1)
             other.getattr(ROOT)
+
+
+def test_a_ring_without_kicks_is_looked_at_now_and_then(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    with Client(two_exports(start_daemon, tmp_path)[0]) as client:
+        client.attach()
+        client.front_end.set_vring_fd(Request.SET_VRING_KICK, None)
+        for _ in range(20):
+            time.sleep(0.005)  # it sleeps meanwhile
+            client.getattr(ROOT)
+        client.front_end.set_vring_fd(Request.SET_VRING_KICK, client.driver.kick_fd)
+        client.getattr(ROOT)
 
 
 def test_a_probe_does_not_end_once(start_daemon: StartDaemon) -> None:

@@ -1,6 +1,10 @@
 """Imports point down, and the codecs do no I/O (invariant 7 of the architecture)."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -107,3 +111,20 @@ def test_serving_loads_no_guest_code() -> None:
 def test_what_every_request_passes_through_is_compiled(name: str) -> None:
     """So that what is tested is what users run."""
     assert str(import_module(name).__file__).endswith(tuple(EXTENSION_SUFFIXES))
+
+
+def test_the_same_sources_run_uncompiled(tmp_path: Path) -> None:
+    """For a debugger, say."""
+
+    def compiled(_: str, names: list[str]) -> list[str]:
+        return [n for n in names if n.endswith(".so") and not n.startswith("_libvring.")]
+
+    shutil.copytree(PACKAGE, tmp_path / "ninepd", ignore=compiled)
+    program = "import ninepd.daemon, ninepd.pipeline as p; print(p.__file__)"
+    output = subprocess.check_output(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        text=True,
+    )
+    assert output.strip() == str(tmp_path / "ninepd/pipeline.py")

@@ -23,9 +23,6 @@ from ninepd.fs.descriptors import Budget, Holder, on_worker
 from ninepd.fs.volumes import Volume, Volumes
 from ninepd.syscalls import Stat
 
-Place: TypeAlias = "tuple[Handle, bytes]"
-"""Directory and name."""
-
 
 def is_same_inode(one: Stat, other: Stat) -> bool:
     """Are they attributes of one file, seen through one mount?"""
@@ -105,7 +102,7 @@ class Handle(Holder):
         )
 
     @property
-    def place(self) -> Place | None:
+    def place(self) -> "Place | None":
         """Directory and name that it was found at."""
         return None if self.directory is None else (self.directory, self._name)
 
@@ -129,6 +126,10 @@ class Handle(Holder):
 
     def _restore(self) -> int:
         return self._table.restore(self)
+
+
+Place: TypeAlias = tuple[Handle, bytes]
+"""Directory and name."""
 
 
 @mypyc_attr(acyclic=True)
