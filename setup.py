@@ -1,8 +1,7 @@
 """What pyproject.toml cannot say: the C parts, and the modules that mypyc compiles.
 
 Compiled are those that every request passes through: the same Python, typed, at two to three times
-the speed of the interpreter (a getattr took 1.3 us instead of 2.9, a walk with its clunk 7.5 instead
-of 20). The others gain nothing by it.
+the speed of the interpreter (a getattr took 1.3 us instead of 2.9, a walk and a clunk 7.5, not 20).
 """
 
 from glob import glob
