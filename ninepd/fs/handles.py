@@ -286,6 +286,10 @@ class HandleTable:
 
     def restore(self, handle: Handle) -> int:
         """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
+        with self._lock:
+            return self._found_again(handle)
+
+    def _found_again(self, handle: Handle) -> int:
         for file in handle.opened:
             if file.is_open:
                 return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
@@ -342,6 +346,17 @@ class HandleTable:
             return handle.holds(syscalls.stat_at(directory.fd, name))
         except FileNotFoundError:
             return False
+
+    def kept(self, place: Place | None) -> Place | None:
+        """The same, with a reference to its directory."""
+        if place is not None:
+            self.share(place[0])
+        return place
+
+    def kept_place(self, handle: Handle) -> Place | None:
+        """Where a handle was found, with a reference to the directory."""
+        with self._lock:
+            return self.kept(handle.place)
 
     def note(self, handle: Handle, directory: Handle, name: bytes) -> Place | None:
         """What a fid has to remember that found ``handle`` there: nothing, if the handle does.

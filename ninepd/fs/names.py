@@ -8,6 +8,8 @@ true: else ESTALE, never another file.
 import errno
 import os
 import stat as st
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ninepd import syscalls
 from ninepd.fs.fid import Fid
@@ -120,16 +122,25 @@ def _rename(server: Server, old: Place, new: Place) -> None:
         handles.moved(held, old, new)
 
 
-def _place(server: Server, fid: Fid) -> Place:
-    """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown."""
-    tree = server.tree
+@contextmanager
+def _place(server: Server, fid: Fid) -> Iterator[Place]:
+    """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown.
+
+    The directory is kept meanwhile: another thread may be renaming the file.
+    """
+    tree, handles = server.tree, server.tree.handles
     if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
-    place = fid.place
-    if place is None or not tree.handles.is_at(fid.handle, *place):
-        place = tree.find(fid.handle)
-        server.replace(fid, tree.handles.share(fid.handle), place)
-    return place
+    place = handles.kept(fid.elsewhere) or handles.kept_place(fid.handle)
+    try:
+        if place is None or not handles.is_at(fid.handle, *place):
+            known, place = place, tree.find(fid.handle)
+            if known is not None:
+                handles.release(known[0])
+        yield place
+    finally:
+        if place is not None:
+            handles.release(place[0])
 
 
 def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
@@ -144,16 +155,20 @@ def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
 
 def rename_here(server: Server, fid: Fid, name: bytes) -> None:
     """Give what a fid holds another name in the directory that it is in."""
-    directory, old = _place(server, fid)
-    if name != old:
-        rename_to(server, fid, directory, name)
+    with _place(server, fid) as old:
+        if name != old[1]:
+            _move(server, fid, old, (old[0], name))
 
 
 def rename_to(server: Server, fid: Fid, directory: Handle, name: bytes) -> None:
     """Give what a fid holds another name; ESTALE if it is not where it was found."""
-    old, new = _place(server, fid), (directory, name)
+    with _place(server, fid) as old:
+        _move(server, fid, old, (directory, name))
+
+
+def _move(server: Server, fid: Fid, old: Place, new: Place) -> None:
     _rename(server, old, new)
-    server.move(fid, server.tree.handles.share(fid.handle), directory, name)
+    server.move(fid, server.tree.handles.share(fid.handle), *new)
 
 
 def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: bool) -> None:
@@ -181,7 +196,8 @@ def remove(server: Server, message: Tremove, _payload: Payload) -> Reply:
     fid = server.remove(message.fid)
     try:
         server.refuse_if_readonly()
-        _remove_name(server, *_place(server, fid), fid.handle.is_directory)
+        with _place(server, fid) as (directory, name):
+            _remove_name(server, directory, name, fid.handle.is_directory)
     finally:
         server.retire(fid)
     return Rremove()

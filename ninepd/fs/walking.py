@@ -100,8 +100,7 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         _release(handles, found)
     else:
         handles.share(handle)
-        if elsewhere is not None:
-            handles.share(elsewhere[0])
+        handles.kept(elsewhere)
     if replaces:
         server.replace(start, handle, elsewhere)
     else:
