@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from ninepd.p9.fids import FidTable
 
-NUMBERS = st.integers(0, 12) | st.integers(0, (1 << 32) - 2)
+NUMBERS = st.integers(0, 12) | st.integers(1020, 3200) | st.integers(0, (1 << 32) - 2)
 
 
 @given(st.lists(st.tuples(st.booleans(), NUMBERS)))
@@ -29,7 +29,15 @@ def test_as_a_dictionary(steps: list[tuple[bool, int]]) -> None:
 def test_numbers_from_the_top_take_no_more_room_than_others() -> None:
     """Numbers are the client's choice, so a large one must not make a long list."""
     table: FidTable[int] = FidTable()
-    for number in (0xFFFF_FFFE, 1 << 31, 5):
+    for number in (0xFFFF_FFFE, 1 << 31, 1 << 20, 5):
         table.add(number, number)
-    table.add(0, 0)
-    assert sorted(table.clear()) == [0, 5, 1 << 31, 0xFFFF_FFFE]
+    assert sorted(table.clear()) == [5, 1 << 20, 1 << 31, 0xFFFF_FFFE]
+
+
+def test_numbers_with_a_gap_before_them() -> None:
+    table: FidTable[int] = FidTable()
+    for number in (1025, 1024, 3072, 3075, 3074, 0):
+        table.add(number, number)
+        assert table.get(number) == number
+    assert [table.pop(number) for number in (3075, 3074, 3073, 1025)] == [3075, 3074, None, 1025]
+    assert sorted(table.clear()) == [0, 1024, 3072]

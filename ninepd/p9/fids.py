@@ -4,9 +4,13 @@ Linux takes the lowest free number (net/9p/client.c, p9_fid_create), so nearly a
 a list, where an entry costs a tenth of what it does in a dictionary.
 """
 
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 F = TypeVar("F")
+
+_GAP: Final = 1024
+"""So many numbers, and as many as there are, may be left out in the list: for clients that do not
+begin at 0."""
 
 
 class FidTable(Generic[F]):
@@ -15,7 +19,7 @@ class FidTable(Generic[F]):
     def __init__(self) -> None:
         self._low: list[F | None] = []
         self._high: dict[int, F] = {}
-        """Only numbers beyond the end of the list, which grows by its next number only."""
+        """Only numbers beyond the end of the list."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -29,12 +33,13 @@ class FidTable(Generic[F]):
 
     def add(self, number: int, fid: F) -> None:
         """Give a number that is free."""
-        if number < len(self._low):
-            self._low[number] = fid
-        elif number == len(self._low):
-            self._low.append(fid)
-        else:
+        low = self._low
+        if number > 2 * len(low) + _GAP:
             self._high[number] = fid
+        else:
+            while len(low) <= number:
+                low.append(self._high.pop(len(low), None) if self._high else None)
+            low[number] = fid
         self._count += 1
 
     def pop(self, number: int) -> F | None:
