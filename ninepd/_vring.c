@@ -133,6 +133,8 @@ static void np_signal(int fd) { send_signal(fd, signal_kind(fd)); }
 #define DESC_SIZE 16
 #define RING_MAX 32768
 #define IDLE_KICKS_MAX 64
+#define YIELDED_NS 2000 /* a sched_yield() that took so long has let somebody else run */
+#define CROWDED_MAX 4
 #define SEGMENTS_MIN 1024 /* Linux sends 128-entry tables on a 64-entry ring */
 
 enum { DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4 };
@@ -171,6 +173,7 @@ struct np_vring {
     uint16_t call_index; /* ...and this was the used index then */
     uint64_t window_ns;  /* how long to spin before sleeping */
     uint32_t shut;       /* times that we slept without spinning first */
+    uint32_t crowded;    /* times in a row that others ran while we spun */
     uint32_t idle_kicks;
     atomic_bool woken, asleep;
     char broken[200];
@@ -556,27 +559,49 @@ static int doze(np_vring *v) {
     return 0;
 }
 
+/* Asked now and then, because an administrator may change it. */
+static bool confined(void) {
+    cpu_set_t cpus;
+    return sched_getaffinity(0, sizeof(cpus), &cpus) == 0 && CPU_COUNT(&cpus) == 1;
+}
+
 /*
  * Returns when there is something to look at. How long to spin first is learnt as KVM learns its
  * halt_poll_ns (virt/kvm/kvm_main.c, kvm_vcpu_halt): a gap that spinning would have caught opens
  * the window to twice that gap, one far longer halves it, so an idle ring soon does not spin. What
  * we measure holds our own wake-up, though: a slow one must not shut the window for ever, so every
  * 16th time it is tried again.
+ *
+ * Spinning is for a CPU of our own. On the only CPU that we may use, if others run whenever we
+ * yield, it just makes the guest change processes more often: so we sleep and leave the window
+ * shut.
  */
 static int idle(np_vring *v, uint64_t max_ns) {
     uint64_t start = now_ns();
     uint64_t window_ns = min(v->window_ns, max_ns);
     if (!window_ns && ++v->shut % 16 == 0)
         window_ns = max_ns;
-    while (now_ns() - start < window_ns) {
+    bool yielded = false;
+    for (uint64_t now = start; now - start < window_ns;) {
         for (int i = 0; i < 16; i++, relax())
             if (something(v)) {
                 v->window_ns = window_ns;
+                v->crowded = yielded ? v->crowded + 1 : 0;
                 v->counters->spin_hits++;
                 return 0;
             }
+        uint64_t before = now_ns();
         sched_yield(); /* who waits for this CPU may be the guest itself */
+        now = now_ns();
+        yielded |= now - before > YIELDED_NS;
+        if (yielded && v->crowded >= CROWDED_MAX) {
+            if (confined())
+                break;
+            v->crowded = 0;
+        }
     }
+    if (window_ns)
+        v->crowded = yielded ? v->crowded + 1 : 0;
     int result = 0;
     allow_kicks(v, true);
     atomic_store(&v->asleep, true);
@@ -588,7 +613,9 @@ static int idle(np_vring *v, uint64_t max_ns) {
     allow_kicks(v, false);
     v->idle_kicks = 0;
     uint64_t gap = now_ns() - start;
-    if (gap < max_ns)
+    if (v->crowded > CROWDED_MAX)
+        v->window_ns = 0;
+    else if (gap < max_ns)
         v->window_ns = min(2 * gap, max_ns);
     else
         v->window_ns = v->window_ns > 2000 ? v->window_ns / 2 : 0;

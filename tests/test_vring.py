@@ -815,6 +815,27 @@ def test_spinning_stops_when_it_catches_nothing(rig: Rig) -> None:
         assert device.cpu() - before < 0.04  # 4 + 2 + 1 ... ms, not twenty times four
 
 
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """This thread, and those that it starts, may use one CPU only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_no_spinning_on_the_guest_s_own_cpu(rig: Rig) -> None:
+    """There it would only stand in the guest's way; now and then it is tried."""
+    with Device(rig, spin=4000):
+        for _ in range(20):
+            echo(rig)
+        before = rig.ring.counters.spin_hits
+        for _ in range(160):
+            echo(rig)
+        assert rig.ring.counters.spin_hits - before < 40
+
+
 def test_wake_by_call_and_by_descriptor(rig: Rig) -> None:
     rig.ring.wake()
     assert rig.take() == []
