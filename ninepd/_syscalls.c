@@ -17,6 +17,7 @@
 #include <fcntl.h>
 #include <linux/openat2.h>
 #include <linux/securebits.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -382,6 +383,7 @@ int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_table *tab
  */
 struct identity {
     uint32_t uid, gid;
+    bool changed;
 };
 
 static uint32_t set_fs_id(long number, uint32_t id) {
@@ -389,6 +391,8 @@ static uint32_t set_fs_id(long number, uint32_t id) {
 }
 
 static void restore(struct identity old) {
+    if (!old.changed)
+        return;
     set_fs_id(SYS_setfsuid, old.uid);
     set_fs_id(SYS_setfsgid, old.gid);
     if (set_fs_id(SYS_setfsuid, NO_ID) != old.uid || set_fs_id(SYS_setfsgid, NO_ID) != old.gid)
@@ -398,6 +402,9 @@ static void restore(struct identity old) {
 static int assume(uint32_t uid, uint32_t gid, struct identity *old) {
     old->gid = set_fs_id(SYS_setfsgid, gid);
     old->uid = set_fs_id(SYS_setfsuid, uid);
+    old->changed = (uid != NO_ID && uid != old->uid) || (gid != NO_ID && gid != old->gid);
+    if (!old->changed)
+        return 0;
     if ((uid != NO_ID && set_fs_id(SYS_setfsuid, NO_ID) != uid) ||
         (gid != NO_ID && set_fs_id(SYS_setfsgid, NO_ID) != gid)) {
         restore(*old);

@@ -146,11 +146,18 @@ def _stat_in(room: Any) -> Stat:
     return found
 
 
-def walk(dirfd: int, name: bytes) -> tuple[int, Stat]:
-    """An O_PATH descriptor of ``name`` in a directory, links not followed, and its attributes."""
+def walk(dirfd: int, name: bytes) -> tuple[int, Stat] | None:
+    """An O_PATH descriptor of ``name`` in a directory, links not followed, and its attributes.
+
+    None if there is nothing of that name: clients ask before they create, and an exception would
+    take longer than the call.
+    """
     out = _stat_room()
-    fd = _checked(_lib.nd_walk(dirfd, name, out[0]))
-    return fd, _stat_in(out)
+    fd = _lib.nd_walk(dirfd, name, out[0])
+    if fd == -errno.ENOENT:
+        _spare.append(out)
+        return None
+    return _checked(fd), _stat_in(out)
 
 
 def stat(fd: int) -> Stat:

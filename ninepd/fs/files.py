@@ -113,7 +113,7 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
     except FileExistsError:
         if message.flags & OpenFlag.EXCL:
             raise
-        handle, stat = tree.walk(directory, message.name)
+        handle, stat = tree.existing(directory, message.name)
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None

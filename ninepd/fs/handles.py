@@ -315,12 +315,14 @@ class HandleTable:
         fd = os.dup(start.fd)
         for step, name in reversed(steps):
             try:
-                found, _ = syscalls.walk(fd, name)
-            except (FileNotFoundError, NotADirectoryError):
-                raise OSError(errno.ESTALE, "the file no longer has the name it had") from None
+                found = syscalls.walk(fd, name)
+            except NotADirectoryError:
+                found = None
             finally:
                 os.close(fd)
-            fd = self._verified(step, found)
+            if found is None:
+                raise OSError(errno.ESTALE, "the file no longer has the name it had")
+            fd = self._verified(step, found[0])
         return fd
 
     def _verified(self, handle: Handle, fd: int) -> int:

@@ -110,7 +110,7 @@ def create(server: Server, message: Tcreate, payload: Payload) -> Reply:
     else:
         kind, major, minor = _device(perm, message.extension)
         names.mknod(server, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload)
-    handle, stat = server.tree.walk(fid.handle, name)
+    handle, stat = server.tree.existing(fid.handle, name)
     try:
         opened = server.tree.open(handle, os.O_RDONLY) if handle.is_directory else None
     except OSError:
@@ -270,10 +270,7 @@ def _read_directory(server: Server, directory: Opened, message: Tread, payload: 
     while entries := syscalls.getdents(fd, position):
         for after, name in entries:
             if name not in {b".", b".."}:
-                try:
-                    record = _entry(server, fd, name)
-                except FileNotFoundError:
-                    record = b""  # gone meanwhile
+                record = _entry(server, fd, name)
                 if len(out) + len(record) > room:
                     if not out:
                         raise OSError(errno.EINVAL, "not even one entry fits")
@@ -284,7 +281,10 @@ def _read_directory(server: Server, directory: Opened, message: Tread, payload: 
 
 
 def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
-    fd, stat = syscalls.walk(directory_fd, name)
+    found = syscalls.walk(directory_fd, name)
+    if found is None:  # gone meanwhile
+        return b""
+    fd, stat = found
     try:
         if not server.tree.shows(stat):
             return b""

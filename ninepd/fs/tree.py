@@ -69,8 +69,11 @@ class Tree:
 
     # Looking
 
-    def walk(self, directory: Handle, name: bytes) -> tuple[Handle, Stat]:
-        """Look one name up; a symbolic link is found as itself. ``..`` stays in the export."""
+    def walk(self, directory: Handle, name: bytes) -> tuple[Handle, Stat] | None:
+        """Look one name up, None if it is not there; a symbolic link is found as itself.
+
+        ``..`` stays in the export.
+        """
         if name == b"..":
             return self._parent(directory)
         if name == b".":
@@ -78,8 +81,18 @@ class Tree:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory")
             return self.handles.share(directory), syscalls.stat(directory.fd)
         check_name(name)
-        fd, stat = syscalls.walk(directory.fd, name)
+        found = syscalls.walk(directory.fd, name)
+        if found is None:
+            return None
+        fd, stat = found
         return self.handles.adopt(fd, stat, (directory, name)), stat
+
+    def existing(self, directory: Handle, name: bytes) -> tuple[Handle, Stat]:
+        """As ``walk``; ENOENT if it is not there."""
+        found = self.walk(directory, name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "no such name")
+        return found
 
     def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
         """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.

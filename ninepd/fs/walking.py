@@ -54,7 +54,7 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     handle = handles.share(tree.root)
     try:
         for name in filter(None, message.aname.split(b"/")):
-            below, _ = tree.walk(handle, name)
+            below, _ = tree.existing(handle, name)
             handles.release(handle)
             handle = below
         qid = tree.qid(handle)
@@ -86,7 +86,10 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
             if handle.remote and not on_worker():
                 _release(handles, found)
                 return Later(partial(walk, server, message))
-            handle, stat = tree.walk(handle, name)
+            step = tree.walk(handle, name)
+            if step is None:
+                break
+            handle, stat = step
             found.append(handle)
             qids.append(tree.qids.qid(stat))
     except OSError:
@@ -94,6 +97,9 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         if not qids:
             raise
         return made(Rwalk, (tuple(qids),))
+    if len(qids) < len(names):
+        _release(handles, found)
+        return made(Rwalk, (tuple(qids),)) if qids else server.session.error(errno.ENOENT)
     if found:
         found.pop()
         elsewhere = handles.note(handle, found[-1] if found else start.handle, names[-1])

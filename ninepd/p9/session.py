@@ -11,6 +11,7 @@ from ninepd.config import MIN_MSIZE
 from ninepd.errors import words_for
 from ninepd.p9.fids import FidTable
 from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
+from ninepd.tuples import made
 
 F = TypeVar("F")
 
@@ -62,7 +63,7 @@ class Session(Generic[F]):
     def error(self, code: int) -> Rlerror | Rerror | RerrorPlain:
         """The message that tells the client of an errno, in its dialect."""
         if self.dialect is Dialect.L:
-            return Rlerror(code)
+            return made(Rlerror, (code,))
         words = words_for(code)[:_ENAME_MAX]
         return Rerror(words, code) if self.dialect is Dialect.U else RerrorPlain(words)
 
