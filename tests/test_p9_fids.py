@@ -1,5 +1,8 @@
 """The table of fid numbers behaves as a dictionary, whatever numbers a client chooses."""
 
+import tracemalloc
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,12 +29,17 @@ def test_as_a_dictionary(steps: list[tuple[bool, int]]) -> None:
     assert all(table.get(number) is None for _, number in steps)
 
 
-def test_numbers_from_the_top_take_no_more_room_than_others() -> None:
-    """Numbers are the client's choice, so a large one must not make a long list."""
+@pytest.mark.parametrize("numbers", [[0xFFFF_FFFE], [1024 * (2**k - 1) for k in range(1, 11)]])
+def test_few_numbers_take_little_room(numbers: list[int]) -> None:
+    """They are the client's choice, so large ones must not make a long list."""
     table: FidTable[int] = FidTable()
-    for number in (0xFFFF_FFFE, 1 << 31, 1 << 20, 5):
+    tracemalloc.start()
+    for number in numbers:
         table.add(number, number)
-    assert sorted(table.clear()) == [5, 1 << 20, 1 << 31, 0xFFFF_FFFE]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+    assert sorted(table.clear()) == numbers
 
 
 def test_numbers_with_a_gap_before_them() -> None:

@@ -9,8 +9,8 @@ from typing import Final, Generic, TypeVar
 F = TypeVar("F")
 
 _GAP: Final = 1024
-"""So many numbers, and as many as there are, may be left out in the list: for clients that do not
-begin at 0."""
+"""So many numbers, and as many as there are fids, may be left out in the list: for clients that do
+not begin at 0."""
 
 
 class FidTable(Generic[F]):
@@ -34,7 +34,9 @@ class FidTable(Generic[F]):
     def add(self, number: int, fid: F) -> None:
         """Give a number that is free."""
         low = self._low
-        if number > 2 * len(low) + _GAP:
+        if number < len(low):
+            low[number] = fid
+        elif number > 2 * self._count + _GAP:  # by what is there, so that a few cannot make it long
             self._high[number] = fid
         else:
             while len(low) <= number:
