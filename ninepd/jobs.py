@@ -196,7 +196,10 @@ class Jobs:
             log.exception("%s: a bug made a request fail", self._name)
             job.reply = job.server.session.error(errno.EIO)
         # Here and not on the device thread: closing a file may have to wait for its storage.
-        job.server.unpin(job.fids, job.holders)
+        try:
+            job.server.unpin(job.fids, job.holders)
+        except Exception:
+            log.exception("%s: a bug kept a fid from being released", self._name)
         self._done.put(job)
         with self._close_lock:
             if not self._closed:

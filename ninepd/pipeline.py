@@ -43,6 +43,7 @@ from ninepd.p9.messages import (
     RerrorPlain,
     Rflush,
     Tattach,
+    Tclunk,
     Tcreate,
     Tflush,
     Tlcreate,
@@ -80,7 +81,7 @@ _PAGE: Final = 4096
 
 
 _CHANGES_FID: Final = frozenset(
-    {Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate, Tremove, Trename, Twstat}
+    {Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate, Tclunk, Tremove, Trename, Twstat}
 )
 """Messages after which a fid is not what it was: no other may use it meanwhile."""
 

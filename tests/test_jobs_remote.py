@@ -6,6 +6,7 @@ from pathlib import Path
 from ninepd.p9.messages import (
     NOFID,
     NOTAG,
+    LockType,
     Rattach,
     Rclunk,
     Rflush,
@@ -16,6 +17,7 @@ from ninepd.p9.messages import (
     Tattach,
     Tclunk,
     Tflush,
+    Tlock,
     Tlopen,
     Tread,
     Tversion,
@@ -138,6 +140,39 @@ def test_close_that_fails_while_a_read_hangs(fuse: Fuse, client: Client) -> None
     client.driver.reply(clunk, done[clunk])
     client.open(ROOT, 1, b"m", b"quick")
     assert client.read(1, 0, 100) == b"quick text"
+
+
+def test_letting_go_of_a_lock_fails(fuse: Fuse, client: Client, daemon: Daemon) -> None:
+    """The descriptor that holds the locks of a file is closed, and may bring a late error, too."""
+    before = daemon.descriptors()
+    client.open(ROOT, 1, b"m", b"quick", flags=2)
+    client.rpc(Tlock(1, LockType.WRLCK, 0, 0, 0, 7, b"host"))
+    fuse.fail("flush", "/quick", errno.EIO)
+    assert client.error(Tclunk(1)) == "EIO"
+    assert daemon.descriptors() == before
+    fuse.fail("flush", "/quick", 0)
+    client.open(ROOT, 1, b"m", b"quick")
+    assert client.read(1, 0, 100) == b"quick text"
+
+
+def test_letting_go_of_a_lock_fails_behind_a_session(
+    fuse: Fuse, client: Client, daemon: Daemon
+) -> None:
+    before = daemon.descriptors()
+    client.open(ROOT, 1, b"m", b"slow", flags=2)
+    client.rpc(Tlock(1, LockType.WRLCK, 0, 0, 0, 7, b"host"))
+    fuse.hold("read", "/slow")
+    read = send(client, Tread(1, 0, 100), tag=TAG)
+    fuse.wait_held("read", "/slow")
+    fuse.fail("flush", "/slow", errno.EIO)
+    version = send(client, Tversion(MSIZE, b"9P2000.L"), tag=NOTAG)
+    fuse.release()
+    done = client.driver.wait_used(10, 2)
+    assert [head for head, _ in done] == [read, version]
+    client.driver.reply(*done[0])
+    assert isinstance(decode(client.driver.reply(*done[1]))[1], Rversion)
+    client.attach()
+    eventually(lambda: daemon.descriptors() == before, "all descriptors come back")
 
 
 # Tflush

@@ -79,8 +79,9 @@ class Holder:
         return self._fd >= 0
 
     def _bring_back(self) -> int:
-        self.give(self._restore())
-        return self._fd
+        with self.budget.lock:
+            self.give(self._restore())
+            return self._fd
 
     def give(self, fd: int) -> None:
         """Take over a descriptor of the same file, if there is none already."""
@@ -128,7 +129,7 @@ class Holder:
 
     @abstractmethod
     def _restore(self) -> int:
-        """Open the same file again; OSError if that cannot be done."""
+        """Open the same file again, under the budget's lock; OSError if that cannot be done."""
 
     @abstractmethod
     def may_rest(self) -> bool:

@@ -174,6 +174,8 @@ class Opened(Holder):
         return self.handle._table.may_reopen(self)  # noqa: SLF001 - one mechanism
 
     def _restore(self) -> int:
+        if self not in self.handle.opened:
+            raise OSError(errno.EBADF, "the file was closed")
         return self._reopen(self.handle, self.flags & ~os.O_TRUNC)
 
 
@@ -243,10 +245,10 @@ class HandleTable:
                     if not volume.handles:
                         self.volumes.drop(volume)
                 fd = handle.leave()
+                directory = handle.put_in(None, b"")
             if fd >= 0:
                 os.close(fd)
             # A loop, because the chain of directories may be long.
-            directory = handle.put_in(None, b"")
             if directory is None:
                 return
             handle = directory
@@ -286,10 +288,8 @@ class HandleTable:
 
     def restore(self, handle: Handle) -> int:
         """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
-        with self._lock:
-            return self._found_again(handle)
-
-    def _found_again(self, handle: Handle) -> int:
+        if not handle.refs:
+            raise OSError(errno.ESTALE, "the file was let go")
         for file in handle.opened:
             if file.is_open:
                 return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
@@ -372,7 +372,7 @@ class HandleTable:
     def before_change(self, directory: Handle, name: bytes) -> Handle | None:
         """The guest is about to unlink or rename ``name``: what is held of it must not be lost.
 
-        Returns the handle on it, if there is one.
+        Returns a reference to the handle on it, if there is one, for ``after_change``.
         """
         if self._by_handle and not self.budget.resting:
             return None
@@ -380,16 +380,24 @@ class HandleTable:
             stat = syscalls.stat_at(directory.fd, name)
         except FileNotFoundError:
             return None
-        volume = self.volumes.find(stat)
-        handle = None if volume is None else volume.handles.get(stat.ino)
-        if handle is not None:
-            # Open it: without links it then stays open. ESTALE: it was lost before.
-            with contextlib.suppress(OSError):
-                _ = handle.fd
+        with self._lock:
+            volume = self.volumes.find(stat)
+            handle = None if volume is None else volume.handles.get(stat.ino)
+            if handle is None:
+                return None
+            handle.refs += 1
+        # Open it: without links it then stays open. ESTALE: it was lost before.
+        with contextlib.suppress(OSError):
+            _ = handle.fd
         return handle
 
+    def after_change(self, handle: Handle | None) -> None:
+        """Give back what ``before_change`` returned."""
+        if handle is not None:
+            self.release(handle)
+
     def moved(self, handle: Handle, old: Place, new: Place) -> None:
-        """The guest has renamed what ``before_change`` returned."""
+        """The guest has renamed it from the one place to the other."""
         directory, name = new
         with self._lock:
             if not handle.is_placed(*old):

@@ -149,8 +149,10 @@ class LockTable:
     def _close_if_idle(self, inode: _Inode) -> None:
         if not inode.ranges:
             del self._inodes[inode.handle]
-            inode.file.close()
-            self._tree.handles.release(inode.handle)
+            try:
+                inode.file.close()
+            finally:
+                self._tree.handles.release(inode.handle)
 
     def _replace(self, inode: _Inode, ranges: list[Range]) -> None:
         self._count += len(ranges) - len(inode.ranges)

@@ -116,10 +116,16 @@ def renameat(server: Server, message: Trenameat, _payload: Payload) -> Reply:
 def _rename(server: Server, old: Place, new: Place) -> None:
     handles = server.tree.handles
     held = handles.before_change(*old)
-    handles.before_change(*new)
-    os.rename(old[1], new[1], src_dir_fd=old[0].fd, dst_dir_fd=new[0].fd)
-    if held is not None:
-        handles.moved(held, old, new)
+    try:
+        replaced = handles.before_change(*new)
+        try:
+            os.rename(old[1], new[1], src_dir_fd=old[0].fd, dst_dir_fd=new[0].fd)
+            if held is not None:
+                handles.moved(held, old, new)
+        finally:
+            handles.after_change(replaced)
+    finally:
+        handles.after_change(held)
 
 
 @contextmanager
@@ -137,7 +143,11 @@ def _place(server: Server, fid: Fid) -> Iterator[Place]:
             known, place = place, tree.find(fid.handle)
             if known is not None:
                 handles.release(known[0])
-        yield place
+        server.pin([], [place[0]])
+        try:
+            yield place
+        finally:
+            server.unpin([], [place[0]])
     finally:
         if place is not None:
             handles.release(place[0])
@@ -172,11 +182,15 @@ def _move(server: Server, fid: Fid, old: Place, new: Place) -> None:
 
 
 def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: bool) -> None:
-    server.tree.handles.before_change(directory, name)
-    if is_directory:
-        os.rmdir(name, dir_fd=directory.fd)
-    else:
-        os.unlink(name, dir_fd=directory.fd)
+    handles = server.tree.handles
+    held = handles.before_change(directory, name)
+    try:
+        if is_directory:
+            os.rmdir(name, dir_fd=directory.fd)
+        else:
+            os.unlink(name, dir_fd=directory.fd)
+    finally:
+        handles.after_change(held)
 
 
 def unlinkat(server: Server, message: Tunlinkat, _payload: Payload) -> Reply:

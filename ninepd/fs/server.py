@@ -15,6 +15,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from ninepd.fs.descriptors import Holder, on_worker
@@ -69,6 +70,9 @@ class Encoded:
     def __init__(self, number: int, size: int) -> None:
         self.number = number
         self.size = size
+
+    def __repr__(self) -> str:
+        return f"message {self.number}, {self.size} bytes"
 
 
 class Later:
@@ -145,11 +149,11 @@ class Server:
     def _release(self, fid: Fid) -> None:
         opened, fid.opened = fid.opened, None
         if isinstance(opened, Opened):
-            self.locks.drop(fid)
-            try:
-                opened.close()
-            except OSError as error:
-                log.warning("closing a file: %s", error)
+            for close in (partial(self.locks.drop, fid), opened.close):
+                try:
+                    close()
+                except OSError as error:  # of a late write
+                    log.warning("closing a file: %s", error)
         elif opened is not None:
             self.xattr_fids -= 1
         self.tree.handles.release(fid.handle)
@@ -174,8 +178,10 @@ class Server:
             if fid.users > on_worker() or not isinstance(fid.opened, Opened):
                 return
             opened, fid.opened = fid.opened, None
-        self.locks.drop(fid)
-        opened.close()
+        try:
+            self.locks.drop(fid)
+        finally:
+            opened.close()
 
     # Fids
 
