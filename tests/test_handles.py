@@ -1,0 +1,127 @@
+"""The handle table under threads: whatever they do at once, no reference and no descriptor leaks."""
+
+import contextlib
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ninepd.fs import names
+from ninepd.fs.descriptors import mark_worker
+from ninepd.fs.handles import Handle
+from ninepd.fs.security import make_model
+from ninepd.fs.server import Policy, Server
+from ninepd.fs.tree import Tree
+from ninepd.p9.messages import Trenameat, Tunlinkat
+from ninepd.payload import PrivatePayload
+
+SECONDS = 3.0
+DIRECTORIES = (b"a", b"b", b"c")
+FILES = (b"x", b"y", b"z")
+PAYLOAD = PrivatePayload(b"", 4096)
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+class Worker(threading.Thread):
+    """Finds, keeps, renames, removes, restores and lets go, at random."""
+
+    def __init__(self, server: Server, export: Path, number: int) -> None:
+        super().__init__()
+        self.server = server
+        self.export = export
+        self.number = number
+        self.random = random.Random(number)
+        self.held: list[Handle] = []
+        self.fids = range(10 * number, 10 * number + 2)
+
+    def run(self) -> None:
+        tree = self.server.tree
+        if self.number:
+            mark_worker()  # number 0 is the device thread, which alone makes room
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            if not self.number and tree.handles.budget.crowded:
+                tree.handles.budget.make_room()
+            with contextlib.suppress(OSError):
+                self.random.choice([self.find, self.find, self.let_go, self.rename, self.remove])()
+            if len(self.held) > (2 if self.number else 6):
+                self.let_go()
+        while self.held:
+            self.let_go()
+
+    def find(self) -> None:
+        tree = self.server.tree
+        directory, _ = tree.existing(tree.root, self.random.choice(DIRECTORIES))
+        try:
+            self.held.append(tree.existing(directory, self.random.choice(FILES))[0])
+        finally:
+            tree.handles.release(directory)
+
+    def let_go(self) -> None:
+        if self.held:
+            handle = self.held.pop(self.random.randrange(len(self.held)))
+            self.server.tree.handles.release(handle)
+
+    def _directory_fid(self, number: int) -> int:
+        handle, _ = self.server.tree.existing(
+            self.server.tree.root, self.random.choice(DIRECTORIES)
+        )
+        self.server.add(number, handle, 0)
+        return number
+
+    def rename(self) -> None:
+        fids: list[int] = []
+        try:
+            fids.extend(map(self._directory_fid, self.fids))  # what there was before an error stays
+            old, new = (self.random.choice(FILES) for _ in range(2))
+            names.renameat(self.server, Trenameat(fids[0], old, fids[1], new), PAYLOAD)
+        finally:
+            for fid in fids:
+                self.server.retire(self.server.remove(fid))
+
+    def remove(self) -> None:
+        fid = self._directory_fid(self.fids[0])
+        name = self.random.choice(FILES)
+        try:
+            names.unlinkat(self.server, Tunlinkat(fid, name, 0), PAYLOAD)
+        finally:
+            self.server.retire(self.server.remove(fid))
+            directory = self.export / os.fsdecode(self.random.choice(DIRECTORIES))
+            (directory / os.fsdecode(name)).touch()
+
+
+@pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.parametrize("by_handle", [False, True])
+def test_threads_that_share_few_descriptors(tmp_path: Path, by_handle: bool) -> None:
+    if by_handle and os.geteuid():
+        pytest.skip("opening by handle needs root")
+    for directory in DIRECTORIES:
+        (tmp_path / os.fsdecode(directory)).mkdir()
+        for file in FILES:
+            (tmp_path / os.fsdecode(directory + b"/" + file)).touch()
+    before = os.listdir("/proc/self/fd")
+    tree = Tree(str(tmp_path), budget=14, by_handle=by_handle)
+    server = Server(tree, Policy(make_model("none"), False, 1 << 20))
+    workers = [Worker(server, tmp_path, number) for number in range(5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    budget = tree.handles.budget
+    assert (budget.used, budget.resting) == (1, 0)
+    tree.close()
+    assert (budget.used, budget.resting) == (0, 0)
+    assert os.listdir("/proc/self/fd") == before
