@@ -1,4 +1,4 @@
-"""The handle table under threads: whatever they do at once, no reference and no descriptor leaks."""
+"""The handle table under threads: whatever they do, no reference and no descriptor leaks."""
 
 import contextlib
 import os
