@@ -174,6 +174,17 @@ static void read_job(struct job *job) {
     }
 }
 
+/* Has a job that ended left output? A terminal's may still be on its way, by a worker of the
+ * kernel; that nothing more comes is told by an error (EIO). */
+static int left_output(const struct job *job) {
+    struct pollfd terminal = {.fd = job->fd, .events = POLLIN};
+    int pending = 0;
+
+    if (job->kind == TTY)
+        return poll(&terminal, 1, 100) > 0;
+    return !ioctl(job->fd, FIONREAD, &pending) && pending > 0;
+}
+
 static void reap(void) {
     int status;
     pid_t pid;
@@ -181,12 +192,11 @@ static void reap(void) {
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
         for (int i = 0; i < JOBS; i++) {
             struct job *job = &jobs[i];
-            int pending = 0;
 
             if (job->kind == FREE || job->pid != pid)
                 continue;
             /* What is in the pipe is the job's; what a background child adds later is not. */
-            while (!job->eof && !ioctl(job->fd, FIONREAD, &pending) && pending > 0)
+            for (int reads = 0; reads < 1000 && !job->eof && left_output(job); reads++)
                 read_job(job);
             report_end(job->id, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
             close(job->fd);
