@@ -29,7 +29,8 @@ def test_ring_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
     for source in (ROOT / "ninepd").iterdir():
         if source.suffix in (".py", ".c") and source.name != "_libvring.c":
             shutil.copy(source, tmp_path / "ninepd")
-    for name in ("driver.py", "test_vring.py"):
+    tests = sorted(path.name for path in (ROOT / "tests").glob("test_vring*.py"))
+    for name in ("driver.py", "vring_rig.py", *tests):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     # Not the project's pyproject.toml: building needs no more than the builder.
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
@@ -54,7 +55,7 @@ def test_ring_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
         "--import-mode=importlib",
         "-rs",
         "-q",
-        "tests/test_vring.py",
+        *(f"tests/{name}" for name in tests),
     ]
     result = subprocess.run(
         run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
