@@ -10,7 +10,7 @@ from ninepd.p9.messages import NOFID, RerrorPlain, Tattach, Topen, Tversion, Tws
 from ninepd.p9.stat import decode_stat, encode_stat
 from tests.client import ROOT, Client, Daemon
 from tests.conftest import Mount, StartDaemon
-from tests.test_legacy import DIALECTS, NOTHING, attach
+from tests.test_legacy import DIALECTS, NOTHING, attach, stat_of
 
 
 def listing(client: Client, fid: int, extended: bool) -> set[bytes]:
@@ -43,6 +43,33 @@ def test_rename_after_the_host_moved_the_file(daemon: Daemon, export: Path, vers
     assert (export / "old" / "f").read_text() == "another"
     assert os.listdir(export / "new") == ["g"]
     assert (export / "new" / "g").read_text() == "moved"
+
+
+def test_name_after_the_host_moved_the_file(daemon: Daemon, export: Path) -> None:
+    """Tstat shows the name that it is known by; a Twstat finds out the one it has."""
+    (export / "f").write_text("")
+    with Client(daemon.socket) as client:
+        attach(client, b"9P2000.u")
+        client.walk(ROOT, 1, b"f")
+        (export / "f").rename(export / "g")
+        assert stat_of(client, 1, True).name == b"f"
+        client.rpc(Twstat(1, encode_stat(NOTHING._replace(name=b"g"), True)))
+        assert stat_of(client, 1, True).name == b"g"
+    assert os.listdir(export) == ["g"]
+
+
+def test_the_root_of_an_attach_has_no_name(daemon: Daemon, export: Path) -> None:
+    """Nor have its clones; the same directory found by its name has."""
+    (export / "d" / "e").mkdir(parents=True)
+    with Client(daemon.socket) as client:
+        attach(client, b"9P2000.u")
+        client.rpc(Tattach(1, NOFID, b"", b"d/e", 0))
+        client.walk(1, 2)
+        client.walk(ROOT, 3, b"d", b"e")
+        client.walk(1, 4)
+        client.walk(4, 4, b".")
+        names = [stat_of(client, fid, True).name for fid in (ROOT, 1, 2, 3, 4)]
+    assert names == [b"/", b"/", b"/", b"e", b"e"]
 
 
 def test_user_name_of_5000_digits(daemon: Daemon, export: Path) -> None:

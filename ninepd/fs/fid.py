@@ -33,7 +33,7 @@ class Fid:
     are any, a clunk leaves the descriptors open and marks the fid ``doomed``.
     """
 
-    __slots__ = ("doomed", "elsewhere", "handle", "opened", "uid", "users")
+    __slots__ = ("attached", "doomed", "elsewhere", "handle", "opened", "uid", "users")
 
     def __init__(self, handle: Handle, uid: int, elsewhere: Place | None = None) -> None:
         """Takes over one reference to ``handle`` and one to the directory in ``elsewhere``."""
@@ -45,6 +45,8 @@ class Fid:
         self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users: i32 = 0
         self.doomed = False
+        self.attached = False
+        """Is it the root of what was attached, which has no name (stat(5))?"""
 
     @property
     def place(self) -> Place | None:

@@ -181,7 +181,7 @@ def stat(server: Server, message: Tstat, _payload: Payload) -> Reply:
     """All that an old client can know of a file."""
     fid = server.file(message.fid)
     place = fid.place
-    name = b"/" if place is None else place[1]
+    name = b"/" if fid.attached or place is None else place[1]
     return Rstat(_describe(server, fid.handle.fd, name))
 
 

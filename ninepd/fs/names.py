@@ -143,6 +143,7 @@ def _place(server: Server, fid: Fid) -> Iterator[Place]:
             known, place = place, tree.find(fid.handle)
             if known is not None:
                 handles.release(known[0])
+            server.replace(fid, handles.share(fid.handle), handles.kept(place))
         server.pin([], [place[0]])
         try:
             yield place

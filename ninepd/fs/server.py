@@ -211,6 +211,7 @@ class Server:
         """A fid becomes one of what is at this place. Takes over the reference to ``handle``."""
         elsewhere = self.tree.handles.note(handle, directory, name)
         self.replace(fid, handle, elsewhere)
+        fid.attached = False
 
     def replace(self, fid: Fid, handle: Handle, elsewhere: Place | None) -> None:
         """A fid becomes another; takes over the references, as a new one would."""

@@ -79,7 +79,7 @@ class Tree:
         if name == b".":
             if not directory.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory")
-            return self.handles.share(directory), syscalls.stat(directory.fd)
+            return self._itself(directory)
         check_name(name)
         found = syscalls.walk(directory.fd, name)
         if found is None:
@@ -100,9 +100,16 @@ class Tree:
         The host may have moved the directory out of the export while the guest holds it.
         """
         if directory is self.root:
-            return self.handles.share(directory), syscalls.stat(directory.fd)
+            return self._itself(directory)
         parent = self._adopt_below_root(syscalls.open_parent(directory.fd))
-        return parent, syscalls.stat(parent.fd)
+        try:
+            return self._itself(parent)
+        finally:
+            self.handles.release(parent)
+
+    def _itself(self, directory: Handle) -> tuple[Handle, Stat]:
+        stat = syscalls.stat(directory.fd)
+        return self.handles.share(directory), stat
 
     def _adopt_below_root(self, fd: int) -> Handle:
         """A handle on a directory that was not found by a scoped look-up; ENOENT if outside."""
@@ -207,8 +214,8 @@ class Tree:
     ) -> tuple[Handle, Stat, Opened]:
         """The handle of a file that was just created and is open as ``fd``, which is taken over."""
         try:
+            stat = syscalls.stat(fd)
             path_fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
-            stat = syscalls.stat(path_fd)
             handle = self.handles.adopt(path_fd, stat, (directory, name))
         except OSError:
             os.close(fd)

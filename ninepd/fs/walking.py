@@ -61,7 +61,7 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     except OSError:
         handles.release(handle)
         raise
-    server.add(message.fid, handle, uid)
+    server.add(message.fid, handle, uid).attached = True
     return Rattach(qid)
 
 
@@ -109,8 +109,10 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         handles.kept(elsewhere)
     if replaces:
         server.replace(start, handle, elsewhere)
+        start.attached &= not names
     else:
-        server.add(message.newfid, handle, start.uid, elsewhere)
+        fid = server.add(message.newfid, handle, start.uid, elsewhere)
+        fid.attached = start.attached and not names
     return made(Rwalk, (tuple(qids),))
 
 
