@@ -42,7 +42,7 @@ def measure(setting: Setting) -> list[Sample]:
         export(folder, os.path.join(setting.memory, "slow.sock")) as server,
     ):
         # A round lasts as long as the stall, so that all of it lies within.
-        for turn in range(plan.rounds):
+        for turn in range((plan.rounds + 1) // 2):
             for who, options in ((CALM, []), (STALLED, ["--stall", "slow"])):
                 sample = drive(
                     server, "read-4k", STREAMS, plan.stall_ms * 4 // 5, "--indirect", *options
