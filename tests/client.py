@@ -90,13 +90,14 @@ class Daemon:
         tag: str = "test",
         launcher: Sequence[str] = (),
         config: str | None = None,
+        python: str = sys.executable,
     ) -> None:
         """``launcher``: a command that sets limits or identity and then runs the daemon.
 
         ``config``: a configuration file, which takes the place of the other options.
         """
         self.socket = socket
-        command = [*launcher, sys.executable, "-m", "ninepd", "serve"]
+        command = [*launcher, python, "-m", "ninepd", "serve"]
         if config is None:
             command += ["--socket-path", socket, "--export", export, "--tag", tag, *arguments]
         else:
