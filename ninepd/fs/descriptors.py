@@ -95,12 +95,6 @@ class Holder:
             budget.resting -= 1
             budget.add(self)
 
-    def join(self) -> None:
-        """Be counted from now on."""
-        budget = self.budget
-        with budget.lock:
-            budget.add(self)
-
     def leave(self) -> int:
         """Not be counted any more; under the budget's lock. Returns what is to be closed, or -1."""
         fd, self._fd = self._fd, -1

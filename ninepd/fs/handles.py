@@ -38,13 +38,13 @@ class Handle(Holder):
 
     __slots__ = (
         "_name",
-        "_table",
         "directory",
         "generation",
         "ino",
         "kind",
         "opened",
         "refs",
+        "table",
         "token",
         "volume",
     )
@@ -54,7 +54,7 @@ class Handle(Holder):
         self.refs: i32 = 1
         self.kind: i32 = st.S_IFMT(stat.mode)
         """S_IFMT bits; an inode never changes them."""
-        self._table = table
+        self.table = table
         self.volume = volume
         self.ino = stat.ino
         self.generation = stat.generation
@@ -69,7 +69,7 @@ class Handle(Holder):
 
     @property
     def budget(self) -> Budget:
-        return self._table.budget
+        return self.table.budget
 
     @property
     def in_memory(self) -> bool:
@@ -122,10 +122,10 @@ class Handle(Holder):
         return cookies
 
     def may_rest(self) -> bool:
-        return self._table.may_rest(self)
+        return self.table.may_rest(self)
 
     def _restore(self) -> int:
-        return self._table.restore(self)
+        return self.table.restore(self)
 
 
 Place: TypeAlias = tuple[Handle, bytes]
@@ -151,7 +151,9 @@ class Opened(Holder):
         self.cookies: Cookies | None = handle.opened[0].cookies if handle.opened else None
         """Of a directory that was read."""
         handle.opened = (*handle.opened, self)
-        self.join()
+        budget = self.budget
+        with budget.lock:
+            budget.add(self)
 
     @property
     def budget(self) -> Budget:
@@ -171,7 +173,7 @@ class Opened(Holder):
         self.discard()
 
     def may_rest(self) -> bool:
-        return self.handle._table.may_reopen(self)  # noqa: SLF001 - one mechanism
+        return self.handle.table.may_reopen(self)
 
     def _restore(self) -> int:
         if self not in self.handle.opened:

@@ -281,14 +281,15 @@ def _read_directory(server: Server, directory: Opened, message: Tread, payload: 
 
 
 def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
+    """The stat structure of one entry; nothing if it has gone meanwhile, or may not be shown."""
     found = syscalls.walk(directory_fd, name)
-    if found is None:  # gone meanwhile
+    if found is None:
         return b""
     fd, stat = found
     try:
-        if not server.tree.shows(stat):
-            return b""
-        return _describe(server, fd, name)
+        return _describe(server, fd, name) if server.tree.shows(stat) else b""
+    except FileNotFoundError:  # a file system in user space may say so of what it showed before
+        return b""
     finally:
         os.close(fd)
 
