@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 C_SOURCES := $(wildcard ninepd/*.c)
 # Some of these are compiled, too: setup.py says which.
-PY_SOURCES := $(wildcard ninepd/*.py ninepd/fs/*.py ninepd/p9/*.py)
+PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
 C_FILES := $(C_SOURCES) $(wildcard ninepd/guest/*.c bench/*.c bench/*.h)
 
 .PHONY: all bench clean demo format guests lint test test-quick

@@ -19,7 +19,8 @@ HOT = [
     "ninepd/p9/codecs.py",
     "ninepd/p9/fids.py",
     "ninepd/p9/session.py",
-    *sorted(glob("ninepd/fs/*.py")),
+    *sorted(glob("ninepd/export/*.py")),
+    *sorted(glob("ninepd/ops/*.py")),
 ]
 
 compiled = mypycify(["--strict", *HOT], group_name="ninepd")

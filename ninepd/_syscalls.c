@@ -5,7 +5,7 @@
  *
  * Two results are encoded for the wire because one call then serves one request: the body of an
  * Rgetattr and a run of Rreaddir entries. Both need qid.path numbers; the table of devices that
- * makes them belongs to Python (fs/qid.py) and is only read here.
+ * makes them belongs to Python (export/qid.py) and is only read here.
  */
 
 #ifndef _GNU_SOURCE
@@ -31,8 +31,8 @@
 #include <unistd.h>
 
 /* cdef-begin */
-/* What fs/ asks of a file; filled by statx, one layout with Stat in syscalls.py. `generation` is 32
- * bits, and ND_OWN_GENERATION if it is the file system's own and not a guess. */
+/* What export/ asks of a file; filled by statx, one layout with Stat in syscalls.py. `generation`
+ * is 32 bits, and ND_OWN_GENERATION if it is the file system's own and not a guess. */
 typedef struct {
     uint64_t dev, ino, mnt_id, generation;
     uint32_t mode, nlink, version, pad;

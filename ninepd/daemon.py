@@ -20,11 +20,11 @@ from typing import Final
 from ninepd.config import Config, Export, Multidevs, Reclaim
 from ninepd.device import Device
 from ninepd.errors import FramingLost, UsageError
+from ninepd.export.descriptors import budget_of
+from ninepd.export.security import CAP_DAC_READ_SEARCH, has_capabilities, make_model
+from ninepd.export.tree import Tree
 from ninepd.frontend import FrontEnd
-from ninepd.fs.descriptors import budget_of
-from ninepd.fs.security import CAP_DAC_READ_SEARCH, has_capabilities, make_model
-from ninepd.fs.server import Policy, Service
-from ninepd.fs.tree import Tree
+from ninepd.ops.guest import Policy, Service
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ninepd.errors import UsageError
-from ninepd.fs.security import privileged
+from ninepd.export.security import privileged
 from ninepd.guest.boot import Share, boot_qemu, boot_uml
 from ninepd.guest.errors import GuestError
 from ninepd.guest.machine import Guest

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ninepd.errors import Refused, RingBroken
-from ninepd.fs.server import Service
+from ninepd.ops.guest import Service
 from ninepd.pipeline import GRACE_SECONDS, HEADER_LIMITS, Pipeline
 from ninepd.vhostuser.messages import Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (

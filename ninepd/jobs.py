@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from ninepd.errors import to_errno
-from ninepd.fs.fid import Fid
-from ninepd.fs.server import Later, Payload, Reply, Server
+from ninepd.ops.fid import Fid
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.payload import PrivatePayload
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ class Job:
         "exclusive",
         "fids",
         "flushes",
+        "guest",
         "head",
         "holders",
         "last",
         "payload",
         "reply",
-        "server",
         "tag",
         "work",
     )
@@ -48,7 +49,7 @@ class Job:
         self,
         head: int,
         tag: int,
-        server: Server,
+        guest: Guest,
         fids: list[Fid],
         payload: PrivatePayload,
         work: Callable[[Payload], Reply] | None,
@@ -57,7 +58,7 @@ class Job:
     ) -> None:
         self.head = head
         self.tag = tag
-        self.server = server
+        self.guest = guest
         self.fids = fids
         self.holders = [holder for fid in fids for holder in fid.holders()]
         self.payload = payload
@@ -117,7 +118,7 @@ class Jobs:
         if job.work is None:
             self._waiting.append(job)
             return
-        job.server.pin(job.fids, job.holders)
+        job.guest.pin(job.fids, job.holders)
         self._held.append(job)
         self._start_held()
 
@@ -142,7 +143,7 @@ class Jobs:
         with self._close_lock:  # no wake comes after this: its descriptor may be closed then
             self._closed = True
         for job in self._held:
-            job.server.unpin(job.fids, job.holders)
+            job.guest.unpin(job.fids, job.holders)
         self._held.clear()
         self._workers.shutdown(wait=False)
 
@@ -191,13 +192,13 @@ class Jobs:
                     reply = reply.work(job.payload)
                 job.reply = reply
         except OSError as error:
-            job.reply = job.server.session.error(to_errno(error))
+            job.reply = job.guest.session.error(to_errno(error))
         except Exception:
             log.exception("%s: a bug made a request fail", self._name)
-            job.reply = job.server.session.error(errno.EIO)
+            job.reply = job.guest.session.error(errno.EIO)
         # Here and not on the device thread: closing a file may have to wait for its storage.
         try:
-            job.server.unpin(job.fids, job.holders)
+            job.guest.unpin(job.fids, job.holders)
         except Exception:
             log.exception("%s: a bug kept a fid from being released", self._name)
         self._done.put(job)

@@ -2,7 +2,7 @@
 
 import os
 
-from ninepd.fs.server import Payload
+from ninepd.ops.replies import Payload
 from ninepd.p9.messages import HEADER_SIZE, IO_HEADER, WRITE_HEADER
 from ninepd.syscalls import GETATTR_BODY, copy, view
 from ninepd.vring import Vring

@@ -2,7 +2,7 @@
 
     wait (C)      a batch of requests: chains checked, headers copied out of guest memory
     _request      header -> message; anything wrong with it -> the errno that the guest is told
-    handler       fs/: the system calls; data moves between file and guest pages in C
+    handler       ops/, export/: the system calls; data moves between file and guest pages in C
     _finish       reply -> bytes in the slot's reply buffer
     push (C)      replies scattered, used entries published, at most one notification
 
@@ -23,13 +23,14 @@ from typing import Any, Final
 
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
-from ninepd.fs.descriptors import mark_worker
-from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Opened
-from ninepd.fs.ops import HANDLERS, Handler, fid_fields
-from ninepd.fs.security import privileged
-from ninepd.fs.server import Encoded, Later, Payload, Reply, Server, Service
+from ninepd.export.descriptors import mark_worker
+from ninepd.export.handles import Opened
+from ninepd.export.security import privileged
 from ninepd.jobs import Job, Jobs
+from ninepd.ops.fid import Fid
+from ninepd.ops.guest import Guest, Service
+from ninepd.ops.replies import Encoded, Later, Payload, Reply
+from ninepd.ops.table import HANDLERS, Handler, fid_fields
 from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
     CODEC_OF,
@@ -132,7 +133,7 @@ class Pipeline:
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
-        handles = service.server.tree.handles
+        handles = service.guest.tree.handles
         self._budget = handles.budget
         self._volumes = handles.volumes
         self._jobs = Jobs(name, num, _prepare_worker, vring.wake)
@@ -235,9 +236,9 @@ class Pipeline:
 
     def _follow_session(self) -> None:
         """Look up what each request needs to know of the session, which may be a new one."""
-        self._server = server = self._service.server
-        self._msize = server.session.msize
-        self._routes = ROUTES[server.session.dialect]
+        self._guest = guest = self._service.guest
+        self._msize = guest.session.msize
+        self._routes = ROUTES[guest.session.dialect]
 
     def _request(
         self,
@@ -254,7 +255,7 @@ class Pipeline:
             log.info("%s: request dropped: no header, or no room for a reply", self._name)
             self._push(head, 0, 0, 0)
             return
-        server = self._server
+        guest = self._guest
         jobs = self._jobs
         payload = self._payloads[head]
         payload.room = (self._msize if 0 < self._msize < writable else writable) - IO_HEADER
@@ -282,23 +283,23 @@ class Pipeline:
                 raise ProtocolError(f"tag {tag} is in use")
             handler = route.handler
             if handler is None:
-                self._session_message(server, head, tag, message)
+                self._session_message(guest, head, tag, message)
                 return
-            if (jobs.by_tag or self._volumes.remote) and self._must_leave(server, route, message):
-                work = partial(handler, server, message)
-                self._hand_over(server, head, tag, route, message, work)
+            if (jobs.by_tag or self._volumes.remote) and self._must_leave(guest, route, message):
+                work = partial(handler, guest, message)
+                self._hand_over(guest, head, tag, route, message, work)
                 return
-            reply = handler(server, message, payload)
+            reply = handler(guest, message, payload)
             if isinstance(reply, Later):
-                self._hand_over(server, head, tag, route, message, reply.work)
+                self._hand_over(guest, head, tag, route, message, reply.work)
                 return
         except OSError as error:
-            reply = server.session.error(to_errno(error))
+            reply = guest.session.error(to_errno(error))
             if self._tracing:
                 trace.debug("%s: tag %d because: %s", self._name, tag, error)
         except Exception:
             log.exception("%s: a bug made this request fail: message type %d", self._name, number)
-            reply = server.session.error(errno.EIO)
+            reply = guest.session.error(errno.EIO)
         self._finish(head, tag, reply)
 
     def _is_sound(self, route: Route, readable: int, writable: int, copied: int, size: int) -> bool:
@@ -327,32 +328,32 @@ class Pipeline:
             return ProtocolError("no Tversion came before")
         return ProtocolError("the message is too long", errno.ENAMETOOLONG)
 
-    def _must_leave(self, server: Server, route: Route, message: Any) -> bool:
+    def _must_leave(self, guest: Guest, route: Route, message: Any) -> bool:
         """Is it on storage that may hang, or does it have to wait for others that are?"""
-        fids = _fids(server, route, message)
+        fids = _fids(guest, route, message)
         if any(fid.handle.remote for fid in fids):
             return True
-        if route.message is Tattach and server.tree.root.remote:
+        if route.message is Tattach and guest.tree.root.remote:
             return True
         return bool(self._jobs) and self._jobs.must_wait(fids, _is_exclusive(fids, message))
 
     def _hand_over(
         self,
-        server: Server,
+        guest: Guest,
         head: int,
         tag: int,
         route: Route,
         message: Any,
         work: Callable[[Payload], Reply],
     ) -> None:
-        fids = _fids(server, route, message)
+        fids = _fids(guest, route, message)
         payload = self._payloads[head]
         data = payload.take(message.nbytes) if route.message is Twrite else b""
         private = PrivatePayload(data, payload.room)
         exclusive = _is_exclusive(fids, message)
-        self._jobs.add(Job(head, tag, server, fids, private, work, exclusive))
+        self._jobs.add(Job(head, tag, guest, fids, private, work, exclusive))
 
-    def _session_message(self, server: Server, head: int, tag: int, message: Any) -> None:
+    def _session_message(self, guest: Guest, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
             job = self._jobs.find(message.oldtag)
             if job is None:
@@ -363,16 +364,16 @@ class Pipeline:
         work = partial(self._version, message)
         if self._jobs.by_tag:
             # A new session must not see replies of the old one.
-            self._jobs.add(Job(head, tag, server, [], PrivatePayload(b"", 0), None, False, work))
+            self._jobs.add(Job(head, tag, guest, [], PrivatePayload(b"", 0), None, False, work))
         else:
             self._finish(head, tag, work())
 
     def _version(self, message: Tversion) -> Reply:
         try:
             self._service.restart()
-            return self._service.server.version(message, self._msize_limit)
+            return self._service.guest.version(message, self._msize_limit)
         except OSError as error:
-            return self._service.server.session.error(to_errno(error))
+            return self._service.guest.session.error(to_errno(error))
         finally:
             self._follow_session()
 
@@ -415,15 +416,15 @@ class Pipeline:
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
         if type(reply) not in ERRORS:
-            self._finish(head, tag, self._service.server.session.error(errno.EMSGSIZE))
+            self._finish(head, tag, self._service.guest.session.error(errno.EMSGSIZE))
         elif reply.ename:
             self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
         else:
             self._push(head, 0, 0, 0)
 
 
-def _fids(server: Server, route: Route, message: Any) -> list[Fid]:
-    fids = server.session.fids
+def _fids(guest: Guest, route: Route, message: Any) -> list[Fid]:
+    fids = guest.session.fids
     found = [fids.get(message[field]) for field in route.fid_fields]
     return list(dict.fromkeys([fid for fid in found if fid is not None]))
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.fs import names
-from ninepd.fs.descriptors import mark_worker
-from ninepd.fs.handles import Handle
-from ninepd.fs.security import make_model
-from ninepd.fs.server import Policy, Server
-from ninepd.fs.tree import Tree
+from ninepd.export.descriptors import mark_worker
+from ninepd.export.handles import Handle
+from ninepd.export.security import make_model
+from ninepd.export.tree import Tree
+from ninepd.ops import names
+from ninepd.ops.guest import Guest, Policy
 from ninepd.p9.messages import Trenameat, Tunlinkat
 from ninepd.payload import PrivatePayload
 
@@ -38,9 +38,9 @@ def hasty_threads() -> Iterator[None]:
 class Worker(threading.Thread):
     """Finds, keeps, renames, removes, restores and lets go, at random."""
 
-    def __init__(self, server: Server, export: Path, number: int) -> None:
+    def __init__(self, guest: Guest, export: Path, number: int) -> None:
         super().__init__()
-        self.server = server
+        self.guest = guest
         self.export = export
         self.number = number
         self.random = random.Random(number)
@@ -48,7 +48,7 @@ class Worker(threading.Thread):
         self.fids = range(10 * number, 10 * number + 2)
 
     def run(self) -> None:
-        tree = self.server.tree
+        tree = self.guest.tree
         if self.number:
             mark_worker()  # number 0 is the device thread, which alone makes room
         end = time.monotonic() + SECONDS
@@ -63,7 +63,7 @@ class Worker(threading.Thread):
             self.let_go()
 
     def find(self) -> None:
-        tree = self.server.tree
+        tree = self.guest.tree
         directory, _ = tree.existing(tree.root, self.random.choice(DIRECTORIES))
         try:
             self.held.append(tree.existing(directory, self.random.choice(FILES))[0])
@@ -73,13 +73,11 @@ class Worker(threading.Thread):
     def let_go(self) -> None:
         if self.held:
             handle = self.held.pop(self.random.randrange(len(self.held)))
-            self.server.tree.handles.release(handle)
+            self.guest.tree.handles.release(handle)
 
     def _directory_fid(self, number: int) -> int:
-        handle, _ = self.server.tree.existing(
-            self.server.tree.root, self.random.choice(DIRECTORIES)
-        )
-        self.server.add(number, handle, 0)
+        handle, _ = self.guest.tree.existing(self.guest.tree.root, self.random.choice(DIRECTORIES))
+        self.guest.add(number, handle, 0)
         return number
 
     def rename(self) -> None:
@@ -87,18 +85,18 @@ class Worker(threading.Thread):
         try:
             fids.extend(map(self._directory_fid, self.fids))  # what there was before an error stays
             old, new = (self.random.choice(FILES) for _ in range(2))
-            names.renameat(self.server, Trenameat(fids[0], old, fids[1], new), PAYLOAD)
+            names.renameat(self.guest, Trenameat(fids[0], old, fids[1], new), PAYLOAD)
         finally:
             for fid in fids:
-                self.server.retire(self.server.remove(fid))
+                self.guest.retire(self.guest.remove(fid))
 
     def remove(self) -> None:
         fid = self._directory_fid(self.fids[0])
         name = self.random.choice(FILES)
         try:
-            names.unlinkat(self.server, Tunlinkat(fid, name, 0), PAYLOAD)
+            names.unlinkat(self.guest, Tunlinkat(fid, name, 0), PAYLOAD)
         finally:
-            self.server.retire(self.server.remove(fid))
+            self.guest.retire(self.guest.remove(fid))
             directory = self.export / os.fsdecode(self.random.choice(DIRECTORIES))
             (directory / os.fsdecode(name)).touch()
 
@@ -114,8 +112,8 @@ def test_threads_that_share_few_descriptors(tmp_path: Path, by_handle: bool) -> 
             (tmp_path / os.fsdecode(directory + b"/" + file)).touch()
     before = os.listdir("/proc/self/fd")
     tree = Tree(str(tmp_path), budget=14, by_handle=by_handle)
-    server = Server(tree, Policy(make_model("none"), False, 1 << 20))
-    workers = [Worker(server, tmp_path, number) for number in range(5)]
+    guest = Guest(tree, Policy(make_model("none"), False, 1 << 20))
+    workers = [Worker(guest, tmp_path, number) for number in range(5)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -24,7 +24,8 @@ LAYERS: Final = (
     {"pipeline"},
     {"jobs"},
     {"payload"},
-    {"fs"},
+    {"ops"},
+    {"export"},
     {"vhostuser", "p9"},
     {"vring", "syscalls", "stats", "config"},
     {"errors", "tuples", "_libvring", "ninepd"},
@@ -106,7 +107,7 @@ def test_serving_loads_no_guest_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ninepd.pipeline", "ninepd.fs.walking", "ninepd.p9.codecs", "ninepd.syscalls"]
+    "name", ["ninepd.pipeline", "ninepd.ops.walking", "ninepd.p9.codecs", "ninepd.syscalls"]
 )
 def test_what_every_request_passes_through_is_compiled(name: str) -> None:
     """So that what is tested is what users run."""

@@ -12,7 +12,7 @@ from ninepd.config import Multidevs
 from ninepd.syscalls import Stat
 
 if TYPE_CHECKING:
-    from ninepd.fs.handles import Handle
+    from ninepd.export.handles import Handle
 
 log = logging.getLogger(__name__)
 

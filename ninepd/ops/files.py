@@ -11,12 +11,13 @@ from functools import partial
 from typing import Final
 
 from ninepd import syscalls
-from ninepd.fs import xattrs
-from ninepd.fs.fid import Fid, XattrValue, XattrWriter
-from ninepd.fs.handles import Opened
-from ninepd.fs.locks import Owner
-from ninepd.fs.server import Later, Payload, Reply, Server
-from ninepd.fs.tree import check_name
+from ninepd.export.handles import Opened
+from ninepd.export.tree import check_name
+from ninepd.ops import xattrs
+from ninepd.ops.fid import Fid, XattrValue, XattrWriter
+from ninepd.ops.guest import Guest
+from ninepd.ops.locks import Owner
+from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
     LOCK_FLAG_RECLAIM,
@@ -58,7 +59,7 @@ READDIR_MAX: Final = 65536
 """Longest run of directory entries in one reply: enough to amortise a round trip."""
 
 
-def host_flags(server: Server, flags: int) -> int:
+def host_flags(guest: Guest, flags: int) -> int:
     """Translate Tlopen flags; EINVAL without a valid access mode, EROFS on a read-only export."""
     if flags & OpenFlag.NOACCESS == OpenFlag.NOACCESS:
         raise OSError(errno.EINVAL, "an open needs an access mode")
@@ -67,46 +68,46 @@ def host_flags(server: Server, flags: int) -> int:
         if flags & guest_flag:
             host |= host_flag
     if flags & (OpenFlag.WRONLY | OpenFlag.RDWR | OpenFlag.TRUNC | OpenFlag.APPEND):
-        server.refuse_if_readonly()
-    if server.policy.readonly:
+        guest.refuse_if_readonly()
+    if guest.policy.readonly:
         host |= os.O_NOATIME
     return host
 
 
-def lopen(server: Server, message: Tlopen, _payload: Payload) -> Reply:
+def lopen(guest: Guest, message: Tlopen, _payload: Payload) -> Reply:
     """Open the fid; a failed open leaves it as it was."""
-    fid = server.unopened(message.fid)
-    flags = host_flags(server, message.flags)
+    fid = guest.unopened(message.fid)
+    flags = host_flags(guest, message.flags)
     is_directory = fid.handle.is_directory
     if is_directory and flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
         raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
     try:
-        return _opened(server, fid, flags, wait=False)
+        return _opened(guest, fid, flags, wait=False)
     except BlockingIOError:  # a host process holds a lease (fcntl(2)), which is being called back
-        return Later(lambda _payload: _opened(server, fid, flags, wait=True))
+        return Later(lambda _payload: _opened(guest, fid, flags, wait=True))
 
 
-def _opened(server: Server, fid: Fid, flags: int, wait: bool) -> Reply:
-    fid.opened = server.tree.open(fid.handle, flags, wait)
-    iounit = 0 if fid.handle.is_directory else server.iounit()
-    return Rlopen(server.tree.qid(fid.handle), iounit)
+def _opened(guest: Guest, fid: Fid, flags: int, wait: bool) -> Reply:
+    fid.opened = guest.tree.open(fid.handle, flags, wait)
+    iounit = 0 if fid.handle.is_directory else guest.iounit()
+    return Rlopen(guest.tree.qid(fid.handle), iounit)
 
 
-def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
+def lcreate(guest: Guest, message: Tlcreate, _payload: Payload) -> Reply:
     """Create and open a file; the fid moves from its directory to the file.
 
     Always tried with O_EXCL first. If the file exists and the guest did not ask for EXCL (its cache
     was behind), it is opened as it is: an existing object is never given an owner or a mode.
     """
-    server.refuse_if_readonly()
-    fid = server.unopened(message.fid)
+    guest.refuse_if_readonly()
+    fid = guest.unopened(message.fid)
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, f"fid {message.fid} is no directory")
     check_name(message.name)
-    flags = host_flags(server, message.flags)
-    tree = server.tree
+    flags = host_flags(guest, message.flags)
+    tree = guest.tree
     directory = fid.handle
-    uid, gid = server.model.identity(fid.uid, message.gid)
+    uid, gid = guest.model.identity(fid.uid, message.gid)
     tree.handles.budget.check(2)
     try:
         fd = syscalls.create(directory.fd, message.name, flags, st.S_IMODE(message.mode), uid, gid)
@@ -123,9 +124,9 @@ def lcreate(server: Server, message: Tlcreate, _payload: Payload) -> Reply:
             raise
     else:
         handle, stat, file = tree.adopt_created(fd, flags, directory, message.name)
-    server.move(fid, handle, directory, message.name)
+    guest.move(fid, handle, directory, message.name)
     fid.opened = file
-    return Rlcreate(tree.qids.qid(stat), server.iounit())
+    return Rlcreate(tree.qids.qid(stat), guest.iounit())
 
 
 def opened(fid: Fid) -> Opened:
@@ -146,9 +147,9 @@ def _check_offset(offset: int, count: int) -> None:
         raise OSError(errno.EINVAL, "the range lies beyond the largest file")
 
 
-def read(server: Server, message: Tread, payload: Payload) -> Reply:
+def read(guest: Guest, message: Tread, payload: Payload) -> Reply:
     """Data from the page cache at once, else on a worker."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     if isinstance(fid.opened, XattrValue):
         return xattrs.read(fid.opened, message, payload)
     file = _open_file(fid)
@@ -181,9 +182,9 @@ def _read_rest(fd: int, offset: int, count: int, done: int, payload: Payload) ->
     return made(Rread, (done,))
 
 
-def write(server: Server, message: Twrite, payload: Payload) -> Reply:
+def write(guest: Guest, message: Twrite, payload: Payload) -> Reply:
     """Data into the page cache; on a worker if the file was opened to be written through."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     if message.nbytes > payload.available:
         raise OSError(errno.EINVAL, f"{message.nbytes} bytes announced, {payload.available} came")
     if isinstance(fid.opened, XattrWriter):
@@ -210,16 +211,16 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
     return made(Rwrite, (done,))
 
 
-def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
+def readdir(guest: Guest, message: Treaddir, payload: Payload) -> Reply:
     """Entries behind the one that had cookie ``offset``; none means the end."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     directory = opened(fid)
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
     cookies = directory.cookies or fid.handle.begin_listing()
     offset = cookies.position(message.offset)
     size = min(message.nbytes, payload.room, READDIR_MAX)
-    tree = server.tree
+    tree = guest.tree
     at_root = fid.handle is tree.root
     try:
         data = syscalls.readdir(directory.fd, offset, at_root, tree.qids.devices, size)
@@ -227,16 +228,16 @@ def readdir(server: Server, message: Treaddir, payload: Payload) -> Reply:
         if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
             data = b""
         elif error.errno == errno.EDOM:
-            data = _readdir_slowly(server, fid, directory.fd, offset, size)
+            data = _readdir_slowly(guest, fid, directory.fd, offset, size)
         else:
             raise
     payload.put(cookies.shorten(data))
     return Rreaddir(len(data))
 
 
-def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -> bytes:
+def _readdir_slowly(guest: Guest, fid: Fid, fd: int, offset: int, size: int) -> bytes:
     """One run that meets files without a number in the table that C reads."""
-    tree = server.tree
+    tree = guest.tree
     out = bytearray()
     while not out and (listed := syscalls.getdents(fd, offset)):
         for position, name in listed:
@@ -259,9 +260,9 @@ def _readdir_slowly(server: Server, fid: Fid, fd: int, offset: int, size: int) -
     return bytes(out)
 
 
-def fsync(server: Server, message: Tfsync, payload: Payload) -> Reply:
+def fsync(guest: Guest, message: Tfsync, payload: Payload) -> Reply:
     """On a worker, unless the file is in memory only. Directories too."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     flush = partial(_flush, opened(fid).fd, bool(message.datasync))
     return flush(payload) if fid.handle.in_memory else Later(flush)
 
@@ -274,25 +275,25 @@ def _flush(fd: int, data_only: bool, _payload: Payload) -> Reply:
     return Rfsync()
 
 
-def lock(server: Server, message: Tlock, _payload: Payload) -> Reply:
+def lock(guest: Guest, message: Tlock, _payload: Payload) -> Reply:
     """Take or release a byte-range lock; never waits: a client that will is told BLOCKED."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     _open_file(fid)
     if message.flags & ~(LOCK_FLAG_BLOCK | LOCK_FLAG_RECLAIM):
         raise OSError(errno.EINVAL, f"lock flags {message.flags:#x} are not known")
     owner = Owner(message.proc_id, message.client_id)
     kind = _lock_type(message.type)
-    taken = server.locks.lock(fid, kind, message.start, message.length, owner)
+    taken = guest.locks.lock(fid, kind, message.start, message.length, owner)
     return Rlock(LockStatus.SUCCESS if taken else LockStatus.BLOCKED)
 
 
-def getlock(server: Server, message: Tgetlock, _payload: Payload) -> Reply:
+def getlock(guest: Guest, message: Tgetlock, _payload: Payload) -> Reply:
     """Who is in the way of a lock, or UNLCK if nobody is."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     _open_file(fid)
     owner = Owner(message.proc_id, message.client_id)
     kind = _lock_type(message.type)
-    found = server.locks.conflict(fid, kind, message.start, message.length, owner)
+    found = guest.locks.conflict(fid, kind, message.start, message.length, owner)
     if found is None:
         answer = message._replace(type=LockType.UNLCK)
         return Rgetlock._make(answer[1:])

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from mypy_extensions import i32, mypyc_attr
 
-from ninepd.fs.descriptors import Holder
-from ninepd.fs.handles import Handle, Opened, Place
+from ninepd.export.descriptors import Holder
+from ninepd.export.handles import Handle, Opened, Place
 
 
 @dataclass(slots=True)

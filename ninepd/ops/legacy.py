@@ -12,12 +12,13 @@ from functools import partial
 from typing import Final
 
 from ninepd import syscalls
-from ninepd.fs import attributes, files, names
-from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Handle, Opened
-from ninepd.fs.server import Later, Payload, Reply, Server
-from ninepd.fs.tree import check_name
-from ninepd.fs.walking import number_of
+from ninepd.export.handles import Handle, Opened
+from ninepd.export.tree import check_name
+from ninepd.ops import attributes, files, names
+from ninepd.ops.fid import Fid
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Later, Payload, Reply
+from ninepd.ops.walking import number_of
 from ninepd.p9.messages import (
     OpenFlag,
     Rcreate,
@@ -78,47 +79,47 @@ def _flags(mode: int) -> int:
     return flags
 
 
-def open(server: Server, message: Topen, payload: Payload) -> Reply:  # noqa: A001
+def open(guest: Guest, message: Topen, payload: Payload) -> Reply:  # noqa: A001
     """Tlopen with the old flags."""
-    reply = files.lopen(server, Tlopen(message.fid, _flags(message.mode)), payload)
+    reply = files.lopen(guest, Tlopen(message.fid, _flags(message.mode)), payload)
     if isinstance(reply, Later):
         wait = reply.work
         return Later(lambda payload: Ropen._make(wait(payload)))
     return Ropen._make(reply)
 
 
-def create(server: Server, message: Tcreate, payload: Payload) -> Reply:
+def create(guest: Guest, message: Tcreate, payload: Payload) -> Reply:
     """Make an object of any kind; the fid moves to it, and is open if it can be."""
-    fid = server.unopened(message.fid)
+    fid = guest.unopened(message.fid)
     perm, name, here = message.perm, message.name, message.fid
-    server.tree.handles.budget.check(2)
+    guest.tree.handles.budget.check(2)
     mode = _host_mode(perm)
     if not perm & (Mode.DIR | Mode.SYMLINK | Mode.LINK | Mode.DEVICE | Mode.PIPE | Mode.SOCKET):
         created = files.lcreate(
-            server,
+            guest,
             Tlcreate(here, name, _flags(message.mode) | OpenFlag.EXCL, mode, NO_ID),
             payload,
         )
         return Rcreate(created.qid, created.iounit)
     if perm & Mode.DIR:
-        names.mkdir(server, Tmkdir(here, name, mode, NO_ID), payload)
+        names.mkdir(guest, Tmkdir(here, name, mode, NO_ID), payload)
     elif perm & Mode.SYMLINK:
-        names.symlink(server, Tsymlink(here, name, message.extension, NO_ID), payload)
+        names.symlink(guest, Tsymlink(here, name, message.extension, NO_ID), payload)
     elif perm & Mode.LINK:
         source = number_of(message.extension)
-        names.link(server, Tlink(here, source, name), payload)
+        names.link(guest, Tlink(here, source, name), payload)
     else:
         kind, major, minor = _device(perm, message.extension)
-        names.mknod(server, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload)
-    handle, stat = server.tree.existing(fid.handle, name)
+        names.mknod(guest, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload)
+    handle, stat = guest.tree.existing(fid.handle, name)
     try:
-        opened = server.tree.open(handle, os.O_RDONLY) if handle.is_directory else None
+        opened = guest.tree.open(handle, os.O_RDONLY) if handle.is_directory else None
     except OSError:
-        server.tree.handles.release(handle)
+        guest.tree.handles.release(handle)
         raise
-    server.move(fid, handle, fid.handle, name)
+    guest.move(fid, handle, fid.handle, name)
     fid.opened = opened
-    return Rcreate(server.tree.qids.qid(stat), 0)
+    return Rcreate(guest.tree.qids.qid(stat), 0)
 
 
 def _device(perm: int, extension: bytes) -> tuple[int, int, int]:
@@ -152,7 +153,7 @@ def _extension(handle_fd: int, host: os.stat_result) -> bytes:
     return b""
 
 
-def _describe(server: Server, fd: int, name: bytes) -> bytes:
+def _describe(guest: Guest, fd: int, name: bytes) -> bytes:
     host = os.fstat(fd)
     mode = int(_KINDS.get(st.S_IFMT(host.st_mode), 0)) | host.st_mode & 0o777
     for bit, flag in _SPECIAL_BITS.items():
@@ -160,7 +161,7 @@ def _describe(server: Server, fd: int, name: bytes) -> bytes:
             mode |= flag
     uid, gid = str(host.st_uid).encode(), str(host.st_gid).encode()
     stat = Stat(
-        qid=server.tree.qids.qid(syscalls.stat_at(fd, b"")),
+        qid=guest.tree.qids.qid(syscalls.stat_at(fd, b"")),
         mode=mode,
         atime=int(host.st_atime) & UNTOUCHED_32,
         mtime=int(host.st_mtime) & UNTOUCHED_32,
@@ -174,22 +175,22 @@ def _describe(server: Server, fd: int, name: bytes) -> bytes:
         n_gid=host.st_gid,
         n_muid=host.st_uid,
     )
-    return encode_stat(stat, server.session.dialect is Dialect.U)
+    return encode_stat(stat, guest.session.dialect is Dialect.U)
 
 
-def stat(server: Server, message: Tstat, _payload: Payload) -> Reply:
+def stat(guest: Guest, message: Tstat, _payload: Payload) -> Reply:
     """All that an old client can know of a file."""
-    fid = server.file(message.fid)
+    fid = guest.file(message.fid)
     place = fid.place
     name = b"/" if fid.attached or place is None else place[1]
-    return Rstat(_describe(server, fid.handle.fd, name))
+    return Rstat(_describe(guest, fid.handle.fd, name))
 
 
-def wstat(server: Server, message: Twstat, payload: Payload) -> Reply:
+def wstat(guest: Guest, message: Twstat, payload: Payload) -> Reply:
     """Change what is not left untouched; with nothing to change, flush the file (stat(5))."""
-    server.refuse_if_readonly()
-    fid = server.file(message.fid)
-    new = decode_stat(message.stat, server.session.dialect is Dialect.U)
+    guest.refuse_if_readonly()
+    fid = guest.file(message.fid)
+    new = decode_stat(message.stat, guest.session.dialect is Dialect.U)
     change = _setattr(message.fid, fid.handle, new)
     if new.name:
         check_name(new.name, errno.EISDIR)
@@ -197,17 +198,17 @@ def wstat(server: Server, message: Twstat, payload: Payload) -> Reply:
         if fid.opened is None:
             return Rwstat()
         return Later(partial(_flush, files.opened(fid).fd))
-    rest = partial(_rename, server, fid, new.name)
+    rest = partial(_rename, guest, fid, new.name)
     if change is not None:
-        changed = attributes.setattr(server, change, payload)
+        changed = attributes.setattr(guest, change, payload)
         if isinstance(changed, Later):
             return Later(partial(_wait_and, changed, rest))
     return rest()
 
 
-def _rename(server: Server, fid: Fid, name: bytes) -> Reply:
+def _rename(guest: Guest, fid: Fid, name: bytes) -> Reply:
     if name:
-        names.rename_here(server, fid, name)
+        names.rename_here(guest, fid, name)
     return Rwstat()
 
 
@@ -248,16 +249,16 @@ def _setattr(number: int, handle: Handle, new: Stat) -> Tsetattr | None:
     return Tsetattr(number, valid, mode, uid, gid, new.length, new.atime, 0, new.mtime, 0)
 
 
-def read(server: Server, message: Tread, payload: Payload) -> Reply:
+def read(guest: Guest, message: Tread, payload: Payload) -> Reply:
     """Tread reads directories too, which 9P2000.L does by Treaddir."""
-    fid = server.fid(message.fid)
+    fid = guest.fid(message.fid)
     opened = fid.opened
     if isinstance(opened, Opened) and fid.handle.is_directory:
-        return _read_directory(server, opened, message, payload)
-    return files.read(server, message, payload)
+        return _read_directory(guest, opened, message, payload)
+    return files.read(guest, message, payload)
 
 
-def _read_directory(server: Server, directory: Opened, message: Tread, payload: Payload) -> Reply:
+def _read_directory(guest: Guest, directory: Opened, message: Tread, payload: Payload) -> Reply:
     """Whole stat structures. Offset 0 starts again, any other goes on where the last read ended."""
     position = 0
     if message.offset:
@@ -270,7 +271,7 @@ def _read_directory(server: Server, directory: Opened, message: Tread, payload: 
     while entries := syscalls.getdents(fd, position):
         for after, name in entries:
             if name not in {b".", b".."}:
-                record = _entry(server, fd, name)
+                record = _entry(guest, fd, name)
                 if len(out) + len(record) > room:
                     if not out:
                         raise OSError(errno.EINVAL, "not even one entry fits")
@@ -280,14 +281,14 @@ def _read_directory(server: Server, directory: Opened, message: Tread, payload: 
     return _entries(directory, message, payload, out, position)
 
 
-def _entry(server: Server, directory_fd: int, name: bytes) -> bytes:
+def _entry(guest: Guest, directory_fd: int, name: bytes) -> bytes:
     """The stat structure of one entry; nothing if it has gone meanwhile, or may not be shown."""
     found = syscalls.walk(directory_fd, name)
     if found is None:
         return b""
     fd, stat = found
     try:
-        return _describe(server, fd, name) if server.tree.shows(stat) else b""
+        return _describe(guest, fd, name) if guest.tree.shows(stat) else b""
     except FileNotFoundError:  # a file system in user space may say so of what it showed before
         return b""
     finally:

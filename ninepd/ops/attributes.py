@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from ninepd import syscalls
-from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Handle, Opened
-from ninepd.fs.server import Encoded, Later, Payload, Reply, Server
+from ninepd.export.handles import Handle, Opened
+from ninepd.ops.fid import Fid
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Encoded, Later, Payload, Reply
 from ninepd.p9.messages import (
     NUMBERS,
     Rgetattr,
@@ -28,12 +29,12 @@ _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 
 
-def getattr(server: Server, message: Tgetattr, payload: Payload) -> Reply:  # noqa: A001
+def getattr(guest: Guest, message: Tgetattr, payload: Payload) -> Reply:  # noqa: A001
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
-    handle = server.file(message.fid).handle
-    qids = server.tree.qids
+    handle = guest.file(message.fid).handle
+    qids = guest.tree.qids
     if not syscalls.getattr_body(handle.fd, qids.devices, handle.generation, payload.body):
-        path = qids.path(server.tree.stat(handle))
+        path = qids.path(guest.tree.stat(handle))
         syscalls.getattr_body_as(handle.fd, path, handle.generation, payload.body)
     return _ENCODED
 
@@ -48,10 +49,10 @@ def _time(valid: int, changes: int, explicit: int, sec: int, nsec: int) -> tuple
     return sec - (1 << 64) if sec >> 63 else sec, nsec
 
 
-def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # noqa: A001
+def setattr(guest: Guest, message: Tsetattr, _payload: Payload) -> Reply:  # noqa: A001
     """Size, owner, mode, times, in this order: chown clears setuid, truncate touches mtime."""
-    server.refuse_if_readonly()
-    fid = server.file(message.fid)
+    guest.refuse_if_readonly()
+    fid = guest.file(message.fid)
     handle, valid = fid.handle, message.valid
     if valid & ~_KNOWN:
         raise OSError(errno.EINVAL, f"attributes {valid & ~_KNOWN:#x} are not known")
@@ -76,7 +77,7 @@ def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # n
     rest = partial(_change, message, handle, atime, mtime)
     if valid & SetattrValid.SIZE:
         try:
-            _truncate(server, fid, message.size)
+            _truncate(guest, fid, message.size)
         except (
             BlockingIOError
         ):  # a host process holds a lease (fcntl(2)), which is being called back
@@ -84,13 +85,13 @@ def setattr(server: Server, message: Tsetattr, _payload: Payload) -> Reply:  # n
     return rest()
 
 
-def _truncate(server: Server, fid: Fid, size: int) -> None:
+def _truncate(guest: Guest, fid: Fid, size: int) -> None:
     """BlockingIOError if that would have to wait for a lease."""
     # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
     if isinstance(fid.opened, Opened) and fid.opened.writable:
         os.ftruncate(fid.opened.fd, size)
     elif fid.handle.kind == st.S_IFREG:
-        fd = server.tree.reopen(fid.handle, os.O_WRONLY)
+        fd = guest.tree.reopen(fid.handle, os.O_WRONLY)
         try:
             os.ftruncate(fd, size)
         finally:
@@ -121,6 +122,6 @@ def _change(
     return Rsetattr()
 
 
-def statfs(server: Server, message: Tstatfs, _payload: Payload) -> Reply:
+def statfs(guest: Guest, message: Tstatfs, _payload: Payload) -> Reply:
     """Of the file system that the fid's own file lies on, also below a mount."""
-    return Rstatfs._make(syscalls.fstatfs(server.file(message.fid).handle.fd))
+    return Rstatfs._make(syscalls.fstatfs(guest.file(message.fid).handle.fd))

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ninepd import syscalls
-from ninepd.fs.fid import Fid
-from ninepd.fs.handles import Handle, Place
-from ninepd.fs.server import Payload, Reply, Server
-from ninepd.fs.tree import check_name
+from ninepd.export.handles import Handle, Place
+from ninepd.export.tree import check_name
+from ninepd.ops.fid import Fid
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Payload, Reply
 from ninepd.p9.messages import (
     UNLINK_REMOVEDIR,
     Qid,
@@ -40,38 +41,38 @@ from ninepd.p9.messages import (
 )
 
 
-def _new_qid(server: Server, directory: Handle, name: bytes) -> Qid:
-    return server.tree.qids.qid(syscalls.stat_at(directory.fd, name))
+def _new_qid(guest: Guest, directory: Handle, name: bytes) -> Qid:
+    return guest.tree.qids.qid(syscalls.stat_at(directory.fd, name))
 
 
-def mkdir(server: Server, message: Tmkdir, _payload: Payload) -> Reply:
+def mkdir(guest: Guest, message: Tmkdir, _payload: Payload) -> Reply:
     """Make a directory, owned by the fid's user and the message's group."""
-    server.refuse_if_readonly()
-    parent = server.directory(message.dfid)
+    guest.refuse_if_readonly()
+    parent = guest.directory(message.dfid)
     check_name(message.name)
-    uid, gid = server.model.identity(parent.uid, message.gid)
+    uid, gid = guest.model.identity(parent.uid, message.gid)
     syscalls.mkdir(parent.handle.fd, message.name, st.S_IMODE(message.mode), uid, gid)
-    return Rmkdir(_new_qid(server, parent.handle, message.name))
+    return Rmkdir(_new_qid(guest, parent.handle, message.name))
 
 
-def symlink(server: Server, message: Tsymlink, _payload: Payload) -> Reply:
+def symlink(guest: Guest, message: Tsymlink, _payload: Payload) -> Reply:
     """Make a symbolic link; its target is the guest's business and is never followed here."""
-    server.refuse_if_readonly()
-    parent = server.directory(message.dfid)
+    guest.refuse_if_readonly()
+    parent = guest.directory(message.dfid)
     check_name(message.name)
     if 0 in message.target:
         raise OSError(errno.EINVAL, "a link's target must not contain a NUL byte")
-    uid, gid = server.model.identity(parent.uid, message.gid)
+    uid, gid = guest.model.identity(parent.uid, message.gid)
     syscalls.symlink(message.target, parent.handle.fd, message.name, uid, gid)
-    return Rsymlink(_new_qid(server, parent.handle, message.name))
+    return Rsymlink(_new_qid(guest, parent.handle, message.name))
 
 
-def mknod(server: Server, message: Tmknod, _payload: Payload) -> Reply:
+def mknod(guest: Guest, message: Tmknod, _payload: Payload) -> Reply:
     """Make a file of any kind but directory and link; the host never opens special ones."""
-    server.refuse_if_readonly()
-    parent = server.directory(message.dfid)
+    guest.refuse_if_readonly()
+    parent = guest.directory(message.dfid)
     check_name(message.name)
-    uid, gid = server.model.identity(parent.uid, message.gid)
+    uid, gid = guest.model.identity(parent.uid, message.gid)
     syscalls.mknod(
         parent.handle.fd,
         message.name,
@@ -81,40 +82,40 @@ def mknod(server: Server, message: Tmknod, _payload: Payload) -> Reply:
         uid,
         gid,
     )
-    return Rmknod(_new_qid(server, parent.handle, message.name))
+    return Rmknod(_new_qid(guest, parent.handle, message.name))
 
 
-def readlink(server: Server, message: Treadlink, _payload: Payload) -> Reply:
+def readlink(guest: Guest, message: Treadlink, _payload: Payload) -> Reply:
     """Target of a symbolic link, byte for byte."""
-    handle = server.file(message.fid).handle
+    handle = guest.file(message.fid).handle
     if not handle.is_symlink:
         raise OSError(errno.EINVAL, f"fid {message.fid} is no symbolic link")
     return Rreadlink(os.readlink(b"", dir_fd=handle.fd))
 
 
-def link(server: Server, message: Tlink, _payload: Payload) -> Reply:
+def link(guest: Guest, message: Tlink, _payload: Payload) -> Reply:
     """Another name for what ``fid`` holds, a symbolic link itself included."""
-    server.refuse_if_readonly()
-    parent = server.directory(message.dfid)
-    source = server.file(message.fid).handle
+    guest.refuse_if_readonly()
+    parent = guest.directory(message.dfid)
+    source = guest.file(message.fid).handle
     check_name(message.name)
     os.link(source.path, message.name, dst_dir_fd=parent.handle.fd, follow_symlinks=True)
     return Rlink()
 
 
-def renameat(server: Server, message: Trenameat, _payload: Payload) -> Reply:
+def renameat(guest: Guest, message: Trenameat, _payload: Payload) -> Reply:
     """rename(2) between two directories; fids follow their inodes, so there is nothing to mend."""
-    server.refuse_if_readonly()
-    source = server.directory(message.olddirfid)
-    target = server.directory(message.newdirfid)
+    guest.refuse_if_readonly()
+    source = guest.directory(message.olddirfid)
+    target = guest.directory(message.newdirfid)
     check_name(message.oldname, errno.EISDIR)
     check_name(message.newname, errno.EISDIR)
-    _rename(server, (source.handle, message.oldname), (target.handle, message.newname))
+    _rename(guest, (source.handle, message.oldname), (target.handle, message.newname))
     return Rrenameat()
 
 
-def _rename(server: Server, old: Place, new: Place) -> None:
-    handles = server.tree.handles
+def _rename(guest: Guest, old: Place, new: Place) -> None:
+    handles = guest.tree.handles
     held = handles.before_change(*old)
     try:
         replaced = handles.before_change(*new)
@@ -129,12 +130,12 @@ def _rename(server: Server, old: Place, new: Place) -> None:
 
 
 @contextmanager
-def _place(server: Server, fid: Fid) -> Iterator[Place]:
+def _place(guest: Guest, fid: Fid) -> Iterator[Place]:
     """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown.
 
     The directory is kept meanwhile: another thread may be renaming the file.
     """
-    tree, handles = server.tree, server.tree.handles
+    tree, handles = guest.tree, guest.tree.handles
     if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
     place = handles.kept(fid.elsewhere) or handles.kept_place(fid.handle)
@@ -143,47 +144,47 @@ def _place(server: Server, fid: Fid) -> Iterator[Place]:
             known, place = place, tree.find(fid.handle)
             if known is not None:
                 handles.release(known[0])
-            server.replace(fid, handles.share(fid.handle), handles.kept(place))
-        server.pin([], [place[0]])
+            guest.replace(fid, handles.share(fid.handle), handles.kept(place))
+        guest.pin([], [place[0]])
         try:
             yield place
         finally:
-            server.unpin([], [place[0]])
+            guest.unpin([], [place[0]])
     finally:
         if place is not None:
             handles.release(place[0])
 
 
-def rename(server: Server, message: Trename, _payload: Payload) -> Reply:
+def rename(guest: Guest, message: Trename, _payload: Payload) -> Reply:
     """Rename what a fid holds; Linux sends this only to servers without Trenameat."""
-    server.refuse_if_readonly()
-    fid = server.file(message.fid)
-    target = server.directory(message.dfid).handle
+    guest.refuse_if_readonly()
+    fid = guest.file(message.fid)
+    target = guest.directory(message.dfid).handle
     check_name(message.name, errno.EISDIR)
-    rename_to(server, fid, target, message.name)
+    rename_to(guest, fid, target, message.name)
     return Rrename()
 
 
-def rename_here(server: Server, fid: Fid, name: bytes) -> None:
+def rename_here(guest: Guest, fid: Fid, name: bytes) -> None:
     """Give what a fid holds another name in the directory that it is in."""
-    with _place(server, fid) as old:
+    with _place(guest, fid) as old:
         if name != old[1]:
-            _move(server, fid, old, (old[0], name))
+            _move(guest, fid, old, (old[0], name))
 
 
-def rename_to(server: Server, fid: Fid, directory: Handle, name: bytes) -> None:
+def rename_to(guest: Guest, fid: Fid, directory: Handle, name: bytes) -> None:
     """Give what a fid holds another name; ESTALE if it is not where it was found."""
-    with _place(server, fid) as old:
-        _move(server, fid, old, (directory, name))
+    with _place(guest, fid) as old:
+        _move(guest, fid, old, (directory, name))
 
 
-def _move(server: Server, fid: Fid, old: Place, new: Place) -> None:
-    _rename(server, old, new)
-    server.move(fid, server.tree.handles.share(fid.handle), *new)
+def _move(guest: Guest, fid: Fid, old: Place, new: Place) -> None:
+    _rename(guest, old, new)
+    guest.move(fid, guest.tree.handles.share(fid.handle), *new)
 
 
-def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: bool) -> None:
-    handles = server.tree.handles
+def _remove_name(guest: Guest, directory: Handle, name: bytes, is_directory: bool) -> None:
+    handles = guest.tree.handles
     held = handles.before_change(directory, name)
     try:
         if is_directory:
@@ -194,25 +195,25 @@ def _remove_name(server: Server, directory: Handle, name: bytes, is_directory: b
         handles.after_change(held)
 
 
-def unlinkat(server: Server, message: Tunlinkat, _payload: Payload) -> Reply:
+def unlinkat(guest: Guest, message: Tunlinkat, _payload: Payload) -> Reply:
     """Remove a name; what fids hold of the file stays usable."""
-    server.refuse_if_readonly()
-    parent = server.directory(message.dirfid)
+    guest.refuse_if_readonly()
+    parent = guest.directory(message.dirfid)
     check_name(message.name, errno.EINVAL if message.name == b"." else errno.ENOTEMPTY)
     if message.flags & ~UNLINK_REMOVEDIR:
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
     is_directory = bool(message.flags & UNLINK_REMOVEDIR)
-    _remove_name(server, parent.handle, message.name, is_directory)
+    _remove_name(guest, parent.handle, message.name, is_directory)
     return Runlinkat()
 
 
-def remove(server: Server, message: Tremove, _payload: Payload) -> Reply:
+def remove(guest: Guest, message: Tremove, _payload: Payload) -> Reply:
     """Remove the file and clunk the fid, the latter whatever happens (remove(5))."""
-    fid = server.remove(message.fid)
+    fid = guest.remove(message.fid)
     try:
-        server.refuse_if_readonly()
-        with _place(server, fid) as (directory, name):
-            _remove_name(server, directory, name, fid.handle.is_directory)
+        guest.refuse_if_readonly()
+        with _place(guest, fid) as (directory, name):
+            _remove_name(guest, directory, name, fid.handle.is_directory)
     finally:
-        server.retire(fid)
+        guest.retire(fid)
     return Rremove()

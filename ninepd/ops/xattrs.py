@@ -9,10 +9,11 @@ import os
 from typing import Final
 
 from ninepd import syscalls
-from ninepd.fs.fid import XattrValue, XattrWriter
-from ninepd.fs.handles import Handle
-from ninepd.fs.security import ACLS
-from ninepd.fs.server import Payload, Reply, Server
+from ninepd.export.handles import Handle
+from ninepd.export.security import ACLS
+from ninepd.ops.fid import XattrValue, XattrWriter
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Payload, Reply
 from ninepd.p9.messages import (
     XATTR_CREATE,
     XATTR_REPLACE,
@@ -30,46 +31,46 @@ from ninepd.syscalls import XATTR_SIZE_MAX
 NAME_MAX: Final = 255
 
 
-def _check_name(server: Server, name: bytes) -> None:
+def _check_name(guest: Guest, name: bytes) -> None:
     if not name or 0 in name:
         raise OSError(errno.EINVAL, "no name for an extended attribute")
     if len(name) > NAME_MAX:
         raise OSError(errno.ERANGE, f"names of extended attributes have at most {NAME_MAX} bytes")
-    if not server.model.allows_xattr(name):
+    if not guest.model.allows_xattr(name):
         raise OSError(errno.EOPNOTSUPP, "this security model does not serve that attribute")
 
 
-def xattrwalk(server: Server, message: Txattrwalk, _payload: Payload) -> Reply:
+def xattrwalk(guest: Guest, message: Txattrwalk, _payload: Payload) -> Reply:
     """``newfid`` reads the value of an attribute, or, for an empty name, the list of names."""
-    fid = server.file(message.fid)
-    server.session.check_free(message.newfid)
+    fid = guest.file(message.fid)
+    guest.session.check_free(message.newfid)
     if message.name:
-        _check_name(server, message.name)
+        _check_name(guest, message.name)
         found = syscalls.getxattr(fid.handle.fd, message.name)
         if found is None:
-            return server.session.error(errno.ENODATA)
+            return guest.session.error(errno.ENODATA)
         value = found
     else:
         names = map(os.fsencode, os.listxattr(fid.handle.path))
-        value = b"".join([name + b"\0" for name in names if server.model.allows_xattr(name)])
-    server.check_xattr_room()
-    reader = server.add(message.newfid, server.tree.handles.share(fid.handle), fid.uid)
+        value = b"".join([name + b"\0" for name in names if guest.model.allows_xattr(name)])
+    guest.check_xattr_room()
+    reader = guest.add(message.newfid, guest.tree.handles.share(fid.handle), fid.uid)
     reader.opened = XattrValue(value)
-    server.xattr_fids += 1
+    guest.xattr_fids += 1
     return Rxattrwalk(len(value))
 
 
-def xattrcreate(server: Server, message: Txattrcreate, _payload: Payload) -> Reply:
+def xattrcreate(guest: Guest, message: Txattrcreate, _payload: Payload) -> Reply:
     """The fid becomes the writer of an attribute: Twrite fills it, Tclunk sets it."""
-    server.refuse_if_readonly()
-    fid = server.unopened(message.fid)
-    _check_name(server, message.name)
+    guest.refuse_if_readonly()
+    fid = guest.unopened(message.fid)
+    _check_name(guest, message.name)
     if message.attr_size > XATTR_SIZE_MAX:
         raise OSError(errno.E2BIG, f"an extended attribute has at most {XATTR_SIZE_MAX} bytes")
     if message.flags & ~(XATTR_CREATE | XATTR_REPLACE):
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
-    server.check_xattr_room()
-    server.xattr_fids += 1
+    guest.check_xattr_room()
+    guest.xattr_fids += 1
     fid.opened = XattrWriter(message.name, message.attr_size, message.flags)
     return Rxattrcreate()
 

@@ -13,9 +13,9 @@ from typing import Final
 
 from ninepd import syscalls
 from ninepd.config import Multidevs
-from ninepd.fs.descriptors import Budget
-from ninepd.fs.handles import Handle, HandleTable, Opened, Place, is_same_inode
-from ninepd.fs.qid import QidMap
+from ninepd.export.descriptors import Budget
+from ninepd.export.handles import Handle, HandleTable, Opened, Place, is_same_inode
+from ninepd.export.qid import QidMap
 from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
 

@@ -1,9 +1,7 @@
-"""The 9P server of one device: an export and the session that a guest has with it.
+"""One guest: its session with an export, and all that the session consists of.
 
-The operation modules beside this one hold one function per T-message, each
-``(server, message, payload) -> reply``. A function runs to its end and returns the reply, or, when
-something may have to wait for a disk, returns a ``Later`` with the rest of the work. Whoever calls
-it (pipeline.py) decides on which thread that runs.
+Fids, opened files, locks and values of extended attributes: what a guest relies on is here or
+reached from here, nowhere else.
 
 Threads: the device thread runs everything on local file systems, workers run ``Later`` work and
 everything on remote ones (jobs.py).
@@ -12,83 +10,22 @@ everything on remote ones (jobs.py).
 import errno
 import logging
 import threading
-from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final
 
-from ninepd.fs.descriptors import Holder, on_worker
-from ninepd.fs.fid import Fid, XattrValue, XattrWriter
-from ninepd.fs.handles import Handle, Opened, Place
-from ninepd.fs.locks import LockTable
-from ninepd.fs.security import SecurityModel
-from ninepd.fs.tree import Tree
+from ninepd.export.descriptors import Holder, on_worker
+from ninepd.export.handles import Handle, Opened, Place
+from ninepd.export.security import SecurityModel
+from ninepd.export.tree import Tree
+from ninepd.ops.fid import Fid, XattrValue, XattrWriter
+from ninepd.ops.locks import LockTable
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
 
 log = logging.getLogger(__name__)
 
 MAX_XATTR_FIDS: Final = 1024
-
-
-class Payload:
-    """The data part of one request, in guest memory: behind the message or behind its reply."""
-
-    __slots__ = ("available", "body", "room")
-
-    def __init__(self, available: int, room: int, body: Any) -> None:
-        self.available = available
-        """Bytes of data behind the 23 bytes of a Twrite."""
-        self.room = room
-        """Bytes of data that fit behind the 11 bytes of an Rread or Rreaddir."""
-        self.body = body
-        """C's view of the buffer for a small reply, behind its header: for ``Encoded``."""
-
-    @abstractmethod
-    def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
-        """preadv2 into the reply's data after ``skip`` bytes; returns bytes, raises OSError."""
-
-    @abstractmethod
-    def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
-        """pwritev2 from the request's data after ``skip`` bytes; returns bytes, raises OSError."""
-
-    @abstractmethod
-    def put(self, data: bytes, skip: int = 0) -> None:
-        """Copy ``data`` into the reply's data after ``skip`` bytes."""
-
-    @abstractmethod
-    def take(self, count: int) -> bytes:
-        """Copy the first ``count`` bytes of the request's data."""
-
-
-class Encoded:
-    """A reply whose body, ``size`` bytes, C has encoded into ``payload.body``."""
-
-    __slots__ = ("number", "size")
-
-    def __init__(self, number: int, size: int) -> None:
-        self.number = number
-        self.size = size
-
-    def __repr__(self) -> str:
-        return f"message {self.number}, {self.size} bytes"
-
-
-class Later:
-    """The rest of a request, which may block; ``work`` returns the reply or raises OSError.
-
-    It is given a payload of its own: guest memory may be gone by the time it runs.
-    """
-
-    __slots__ = ("work",)
-
-    def __init__(self, work: Callable[[Payload], Any]) -> None:
-        self.work = work
-
-
-Reply: TypeAlias = Any
-"""An R-message, ``Encoded`` or ``Later``."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +37,8 @@ class Policy:
     msize_max: int
 
 
-class Server:
-    """An export, and one session on it."""
+class Guest:
+    """One guest's fids, locks, values of extended attributes, and session on an export."""
 
     def __init__(self, tree: Tree, policy: Policy) -> None:
         self.tree = tree
@@ -266,11 +203,11 @@ class Service:
     def __init__(self, tree: Tree, policy: Policy) -> None:
         self._tree = tree
         self._policy = policy
-        self.server = Server(tree, policy)
+        self.guest = Guest(tree, policy)
 
     def restart(self) -> None:
         """The session is over, and a new one may begin."""
-        old, self.server = self.server, Server(self._tree, self._policy)
+        old, self.guest = self.guest, Guest(self._tree, self._policy)
         if self._tree.handles.volumes.remote:
             # Closing files may take as long as their storage takes.
             threading.Thread(target=old.end, name="ninepd farewell", daemon=True).start()
@@ -280,4 +217,4 @@ class Service:
     def abandon(self) -> None:
         """As restart, but a thread that will not come back may be using anything of the old one."""
         self._tree.handles.budget.freeze()
-        self.server = Server(self._tree, self._policy)
+        self.guest = Guest(self._tree, self._policy)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from ninepd.fs import attributes, files, legacy, names, walking, xattrs
-from ninepd.fs.server import Payload, Reply, Server
+from ninepd.ops import attributes, files, legacy, names, walking, xattrs
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Payload, Reply
 from ninepd.p9 import messages as p9
 from ninepd.p9.session import Dialect
 
-Handler = Callable[[Server, Any, Payload], Reply]
+Handler = Callable[[Guest, Any, Payload], Reply]
 Handlers = dict[type[Any], Handler]
 
 _COMMON: Final[Handlers] = {

@@ -4,11 +4,12 @@ import errno
 from functools import partial
 from typing import Final
 
-from ninepd.fs.descriptors import on_worker
-from ninepd.fs.fid import XattrWriter
-from ninepd.fs.handles import Handle, HandleTable
-from ninepd.fs.server import Later, Payload, Reply, Server
-from ninepd.fs.xattrs import commit
+from ninepd.export.descriptors import on_worker
+from ninepd.export.handles import Handle, HandleTable
+from ninepd.ops.fid import XattrWriter
+from ninepd.ops.guest import Guest
+from ninepd.ops.replies import Later, Payload, Reply
+from ninepd.ops.xattrs import commit
 from ninepd.p9.messages import (
     NO_ID,
     NOFID,
@@ -34,23 +35,23 @@ def number_of(text: bytes) -> int:
     return int(text)
 
 
-def auth(_server: Server, _message: Tauth, _payload: Payload) -> Reply:
+def auth(_guest: Guest, _message: Tauth, _payload: Payload) -> Reply:
     """No authentication: whoever owns the guest's memory owns the mount (as QEMU answers)."""
     raise OSError(errno.EOPNOTSUPP, "this server needs no authentication")
 
 
-def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
+def attach(guest: Guest, message: Tattach, _payload: Payload) -> Reply:
     """A fid on the root of the export, or on the directory below it that ``aname`` names.
 
     The Linux client attaches once for each guest user; ``n_uname`` is that user (fs/9p/fid.c).
     """
-    server.session.check_free(message.fid)
+    guest.session.check_free(message.fid)
     if message.afid != NOFID:
         raise OSError(errno.EINVAL, "there is no authentication fid")
     uid = message.n_uname
-    if server.session.dialect is Dialect.PLAIN and message.uname.isdigit():
+    if guest.session.dialect is Dialect.PLAIN and message.uname.isdigit():
         uid = number_of(message.uname)
-    tree, handles = server.tree, server.tree.handles
+    tree, handles = guest.tree, guest.tree.handles
     handle = handles.share(tree.root)
     try:
         for name in filter(None, message.aname.split(b"/")):
@@ -61,22 +62,22 @@ def attach(server: Server, message: Tattach, _payload: Payload) -> Reply:
     except OSError:
         handles.release(handle)
         raise
-    server.add(message.fid, handle, uid).attached = True
+    guest.add(message.fid, handle, uid).attached = True
     return Rattach(qid)
 
 
-def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
+def walk(guest: Guest, message: Twalk, _payload: Payload) -> Reply:
     """Follow names one by one; ``newfid`` comes to be only if all of them were found.
 
     If a later name fails, the answer holds the qids so far and nothing changes (walk(5)).
     """
-    start = server.file(message.fid)
+    start = guest.file(message.fid)
     replaces = message.newfid == message.fid
     if not replaces:
-        server.session.check_free(message.newfid)
+        guest.session.check_free(message.newfid)
     elif start.opened is not None:
         raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
-    tree, handles = server.tree, server.tree.handles
+    tree, handles = guest.tree, guest.tree.handles
     names = message.names
     handle, elsewhere = start.handle, start.elsewhere
     found: list[Handle] = []
@@ -85,7 +86,7 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         for name in names:
             if handle.remote and not on_worker():
                 _release(handles, found)
-                return Later(partial(walk, server, message))
+                return Later(partial(walk, guest, message))
             step = tree.walk(handle, name)
             if step is None:
                 break
@@ -99,7 +100,7 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         return made(Rwalk, (tuple(qids),))
     if len(qids) < len(names):
         _release(handles, found)
-        return made(Rwalk, (tuple(qids),)) if qids else server.session.error(errno.ENOENT)
+        return made(Rwalk, (tuple(qids),)) if qids else guest.session.error(errno.ENOENT)
     if found:
         found.pop()
         elsewhere = handles.note(handle, found[-1] if found else start.handle, names[-1])
@@ -108,10 +109,10 @@ def walk(server: Server, message: Twalk, _payload: Payload) -> Reply:
         handles.share(handle)
         handles.kept(elsewhere)
     if replaces:
-        server.replace(start, handle, elsewhere)
+        guest.replace(start, handle, elsewhere)
         start.attached &= not names
     else:
-        fid = server.add(message.newfid, handle, start.uid, elsewhere)
+        fid = guest.add(message.newfid, handle, start.uid, elsewhere)
         fid.attached = start.attached and not names
     return made(Rwalk, (tuple(qids),))
 
@@ -121,17 +122,17 @@ def _release(handles: HandleTable, found: list[Handle]) -> None:
         handles.release(handle)
 
 
-def clunk(server: Server, message: Tclunk, _payload: Payload) -> Reply:
+def clunk(guest: Guest, message: Tclunk, _payload: Payload) -> Reply:
     """The number is free afterwards, whatever the answer.
 
     An announced xattr is set now; a file is closed, which may bring an error of a late write.
     """
-    fid = server.remove(message.fid)
+    fid = guest.remove(message.fid)
     try:
         if isinstance(fid.opened, XattrWriter):
             commit(fid.handle, fid.opened)
         elif fid.opened is not None:
-            server.close_file(fid)
+            guest.close_file(fid)
     finally:
-        server.retire(fid)
+        guest.retire(fid)
     return _CLUNKED

@@ -17,12 +17,12 @@ import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ninepd.fs.handles import Handle, Opened
-from ninepd.fs.tree import Tree
+from ninepd.export.handles import Handle, Opened
+from ninepd.export.tree import Tree
 from ninepd.p9.messages import LockType
 
 if TYPE_CHECKING:
-    from ninepd.fs.fid import Fid
+    from ninepd.ops.fid import Fid
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _TO_HOST: Final = {
