@@ -1,4 +1,4 @@
-"""The loop thread: listening sockets, one front end at a time on each, signals, readiness.
+"""The loop thread: one front end at a time on each socket, signals, readiness.
 
 A front end may leave and another may come: a guest that reboots keeps its connection, a QEMU that
 restarts makes a new one. Losing the daemon is worse for both than losing a request, so nothing
@@ -6,35 +6,31 @@ that arrives here ends the process (QEMU's generic device does not survive a dis
 """
 
 import asyncio
-import contextlib
-import errno
 import logging
 import os
 import resource
 import signal
 import socket
-import stat
 from collections.abc import Callable
 from typing import Final
 
 from ninepd.config import Config, Export, Multidevs, Reclaim
-from ninepd.device import Device
-from ninepd.errors import FramingLost, UsageError
+from ninepd.connection import Connection
+from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
 from ninepd.export.security import CAP_DAC_READ_SEARCH, has_capabilities, make_model
 from ninepd.export.tree import Tree
-from ninepd.frontend import FrontEnd
+from ninepd.listener import Listener
 from ninepd.ops.guest import Policy, Service
 
 log = logging.getLogger(__name__)
 
-_BACKLOG: Final = 4
 _ACCEPT_PAUSE: Final = 1.0
 _PEER_CREDENTIALS: Final = 12
 """Bytes of struct ucred."""
 
 
-class Listener:
+class ExportServer:
     """An export on its socket."""
 
     def __init__(
@@ -51,119 +47,71 @@ class Listener:
         self._export = export
         self._loop = loop
         self._left = left
-        policy = Policy(make_model(export.security_model), export.readonly, export.msize_max)
+        self._policy = Policy(make_model(export.security_model), export.readonly, export.msize_max)
         self._tree = _open_tree(export, budget)
-        self._policy = policy
-        self._front_end: FrontEnd | None = None
-        self._device: Device | None = None
-        self._bound_path: str | None = None
-        self._socket = self._open_socket()
-        self._listening = bool(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        self._listener = Listener(export)
+        self._connection: Connection | None = None
         self._served = False
-
-    def _open_socket(self) -> socket.socket:
-        path, fd = self._export.socket_path, self._export.fd
-        if fd is not None:
-            return socket.socket(fileno=os.dup(fd))
-        assert path is not None  # noqa: S101 - Export allows one of the two
-        _refuse_occupied(path)
-        try:
-            sock = _listen(path)
-        except OSError as error:
-            raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
-        self._bound_path = path
-        return sock
 
     def start(self) -> None:
         """Accept front ends; or, if the descriptor is connected already, serve that one."""
-        self._socket.setblocking(False)
-        if self._listening:
-            self._loop.add_reader(self._socket, self._accept)
+        sock = self._listener.socket
+        sock.setblocking(False)
+        if self._listener.listening:
+            self._loop.add_reader(sock, self._accept)
         else:
-            self._serve(self._socket.dup())
+            self._serve(sock.dup())
 
     def expects_front_ends(self, once: bool) -> bool:
         """Is there one, or can another come? With ``once`` the first that speaks is the last."""
-        if self._front_end is not None:
+        if self._connection is not None:
             return True
-        return self._listening and not (once and self._served)
+        return self._listener.listening and not (once and self._served)
 
     def close(self) -> None:
         """Answer what is in flight, part from the front end, remove the socket."""
-        self._loop.remove_reader(self._socket)
-        self._socket.close()
-        if self._bound_path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._bound_path)
-        self._leave()
+        self._loop.remove_reader(self._listener.socket)
+        self._listener.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
         self._tree.close()
 
     def _accept(self) -> None:
+        sock = self._listener.socket
         try:
-            connection, _ = self._socket.accept()
+            connected, _ = sock.accept()
         except OSError as error:
             log.warning("%s: a front end could not be accepted: %s", self._export.tag, error)
             # It stays in the backlog, and would bring us back at once.
-            self._loop.remove_reader(self._socket)
-            self._loop.call_later(_ACCEPT_PAUSE, self._loop.add_reader, self._socket, self._accept)
+            self._loop.remove_reader(sock)
+            self._loop.call_later(_ACCEPT_PAUSE, self._loop.add_reader, sock, self._accept)
             return
-        # The last one may have left already, and its farewell lie behind this event.
-        self._readable()
-        if self._front_end is not None:
+        if self._connection is not None:
+            # It may have left already, and its farewell lie behind this event.
+            self._connection.readable()
+        if self._connection is not None:
             log.warning(
                 "%s: a second front end (%s) was refused: this socket serves one at a time",
                 self._export.tag,
-                _peer(connection),
+                _peer(connected),
             )
-            connection.close()
+            connected.close()
             return
-        self._serve(connection)
+        self._serve(connected)
 
-    def _serve(self, connection: socket.socket) -> None:
-        log.info("%s: front end connected (%s)", self._export.tag, _peer(connection))
-        self._device = Device(
-            self._export.tag,
-            self._export.config_space,
-            Service(self._tree, self._policy),
-            self._export.poll_us,
-            self._call_soon,
+    def _serve(self, connected: socket.socket) -> None:
+        log.info("%s: front end connected (%s)", self._export.tag, _peer(connected))
+        service = Service(self._tree, self._policy)
+        self._connection = Connection(
+            connected, self._export, service, self._loop, self._connection_left
         )
-        self._front_end = FrontEnd(connection)
-        self._loop.add_reader(self._front_end.fileno(), self._readable)
 
-    def _call_soon(self, call: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(call)
-
-    def _readable(self) -> None:
-        front_end, device = self._front_end, self._device
-        if front_end is None or device is None:
-            return
-        try:
-            for message in front_end.receive():
-                self._served = True
-                reply = device.handle(message)
-                if reply is not None:
-                    front_end.send(reply)
-        except EOFError:
-            log.info("%s: front end left", self._export.tag)
-        except FramingLost as error:
-            log.warning("%s: front end disconnected: %s", self._export.tag, error)
-        except Exception:
-            # A bug of ours: this device cannot go on, the others can.
-            log.exception("%s: front end disconnected because of a bug", self._export.tag)
-        else:
-            return
-        self._leave()
+    def _connection_left(self) -> None:
+        if self._connection is not None:
+            self._served |= self._connection.spoke
+            self._connection = None
         self._left()
-
-    def _leave(self) -> None:
-        front_end, self._front_end = self._front_end, None
-        device, self._device = self._device, None
-        if front_end is not None:
-            self._loop.remove_reader(front_end.fileno())
-            front_end.close()
-        if device is not None:
-            device.close()
 
 
 def _open_tree(export: Export, budget: int) -> Tree:
@@ -191,52 +139,6 @@ def _peer(connection: socket.socket) -> str:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS)
     pid, uid = (int.from_bytes(credentials[at : at + 4], "little") for at in (0, 4))
     return f"pid {pid}, uid {uid}"
-
-
-def _listen(path: str) -> socket.socket:
-    """A listening socket, in the place of what was at the path.
-
-    It gets its name only when it listens, for those who wait for the path to appear.
-    """
-    folder, name = os.path.split(path)
-    folder_fd = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Whoever may connect holds the export: nobody but our own user, unless told otherwise.
-    umask = os.umask(0o177)
-    try:
-        temporary = f".ninepd-{os.getpid()}"
-        sock.bind(f"/proc/self/fd/{folder_fd}/{temporary}")
-        sock.listen(_BACKLOG)
-        os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.umask(umask)
-        os.close(folder_fd)
-    return sock
-
-
-def _refuse_occupied(path: str) -> None:
-    """UsageError unless there is nothing, or a socket that nobody listens on any more."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
-    if not stat.S_ISSOCK(mode):
-        raise UsageError(
-            f"--socket-path: {path} exists and is no socket; remove it or choose another"
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError as error:
-            if error.errno != errno.ECONNREFUSED:
-                raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
-        else:
-            raise UsageError(f"--socket-path: {path} is in use by another process")
 
 
 def _raise_file_limit() -> int:
@@ -268,20 +170,20 @@ async def serve(config: Config) -> None:
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     budget = budget_of(_raise_file_limit(), len(config.exports))
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
-    listeners: list[Listener] = []
+    servers: list[ExportServer] = []
 
     def left() -> None:
-        if not any(listener.expects_front_ends(config.once) for listener in listeners):
+        if not any(server.expects_front_ends(config.once) for server in servers):
             stop.set()
 
     try:
         for export in config.exports:
-            listeners.append(Listener(export, loop, budget, left))  # noqa: PERF401 - a failing one: finally
-        for listener in listeners:
-            listener.start()
+            servers.append(ExportServer(export, loop, budget, left))  # noqa: PERF401 - a failing one: finally
+        for server in servers:
+            server.start()
         _notify("READY=1")
         await stop.wait()
         _notify("STOPPING=1")
     finally:
-        for listener in listeners:
-            listener.close()
+        for server in servers:
+            server.close()

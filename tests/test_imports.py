@@ -20,6 +20,7 @@ LAYERS: Final = (
     {"guest"},
     {"qemu"},
     {"daemon"},
+    {"connection", "listener"},
     {"control", "device", "frontend"},
     {"pipeline"},
     {"jobs"},
