@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 C_SOURCES := $(wildcard ninepd/*.c)
 # Some of these are compiled, too: setup.py says which.
 PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
-C_FILES := $(C_SOURCES) $(wildcard ninepd/guest/*.c bench/*.c bench/*.h)
+C_FILES := $(C_SOURCES) $(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h)
 
 .PHONY: all bench clean demo format guests lint test test-quick
 .DELETE_ON_ERROR:
@@ -43,18 +43,18 @@ bench: $(VENV)/built guests
 
 # QEMU, kernels and User-Mode Linux, in a cache outside the tree.
 guests: $(VENV)/built
-	@$(BIN)/python -m ninepd.guest.tools all
+	@$(BIN)/python -m ninepd_guests.tools all
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ninepd/_libvring.* *.so
 	find ninepd -name '*.so' -delete
 
-$(VENV)/installed: pyproject.toml setup.py contrib/setup-debian.sh
+$(VENV)/installed: pyproject.toml guests/pyproject.toml setup.py contrib/setup-debian.sh
 	@PYTHON=$(PYTHON) contrib/setup-debian.sh
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip --disable-pip-version-check install -qq --upgrade 'pip>=25.1'
 	@$(BIN)/pip --disable-pip-version-check install -qq --group dev
-	@$(BIN)/pip --disable-pip-version-check install -qq --editable .
+	@$(BIN)/pip --disable-pip-version-check install -qq --editable . --editable guests
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed $(C_SOURCES) $(PY_SOURCES) ninepd/_vring_build.py

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ninepd.guest.machine import Guest
+from ninepd_guests.machine import Guest
 
 from .figures import (
     Bar,

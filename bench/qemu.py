@@ -4,9 +4,9 @@ import contextlib
 import os
 from typing import Final
 
-from ninepd.guest.boot import Share, Virtfs, boot_qemu
-from ninepd.guest.errors import GuestError
-from ninepd.guest.machine import Guest
+from ninepd_guests.boot import Share, Virtfs, boot_qemu
+from ninepd_guests.errors import GuestError
+from ninepd_guests.machine import Guest
 
 from . import guests
 from .figures import Sample, Samples, Section

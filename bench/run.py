@@ -9,8 +9,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from ninepd.guest.cache import say
-from ninepd.guest.errors import GuestError
+from ninepd_guests.cache import say
+from ninepd_guests.errors import GuestError
 
 from . import footprint, qemu, ring, stalls, uml
 from .figures import Sample, Section, table

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ninepd.guest import kernels
-from ninepd.guest.cache import artefact, say
-from ninepd.guest.errors import GuestError
-from ninepd.guest.packages import Archive, command, unpack
+from ninepd_guests import kernels
+from ninepd_guests.cache import artefact, say
+from ninepd_guests.errors import GuestError
+from ninepd_guests.packages import Archive, command, unpack
 
 HERE: Final = os.path.dirname(os.path.abspath(__file__))
 MIB: Final = 1 << 20

@@ -5,8 +5,8 @@ import os
 import shutil
 from typing import Final
 
-from ninepd.guest.boot import Share, boot_uml
-from ninepd.guest.errors import GuestError
+from ninepd_guests.boot import Share, boot_uml
+from ninepd_guests.errors import GuestError
 
 from . import guests
 from .figures import (

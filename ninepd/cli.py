@@ -19,6 +19,10 @@ USAGE_ERROR: Final = 2
 CAPABILITIES: Final = {"type": "9p", "features": []}
 """QEMU's docs/interop/vhost-user.json, VhostUserBackendCapabilities."""
 
+NO_GUESTS: Final = (
+    "the demo needs ninepd-guests: install it from a checkout with pip install ./guests"
+)
+
 _TRACE_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _FORMAT: Final = "ninepd: %(message)s"
 
@@ -221,9 +225,13 @@ def demo(directory: str | None, command: tuple[str, ...], uml: bool) -> int:
 
     Without DIR, show in a guest what ninepd is for.
     """
-    # Guests are not needed to serve: their code is loaded only here.
-    import ninepd.demo as show
-
+    # Guests are not needed to serve: their code is a distribution of its own, loaded only here.
+    try:
+        import ninepd_guests.demo as show
+    except ModuleNotFoundError as error:
+        if error.name != "ninepd_guests":
+            raise
+        raise UsageError(NO_GUESTS) from None
     if directory is None:
         return show.tour(uml)
     if not os.path.isdir(directory):

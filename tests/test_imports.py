@@ -16,8 +16,6 @@ PACKAGE: Final = Path(__file__).parent.parent / "ninepd"
 LAYERS: Final = (
     {"__main__"},
     {"cli"},
-    {"demo"},
-    {"guest"},
     {"qemu"},
     {"daemon"},
     {"connection", "listener"},
@@ -95,16 +93,16 @@ def test_every_part_has_a_layer() -> None:
     assert {part(path) for path in MODULES} <= set(RANK)
 
 
-def test_serving_loads_no_guest_code() -> None:
-    """The command line imports the demo only where it is asked for."""
-    tree = ast.parse((PACKAGE / "cli.py").read_text())
-    at_top = {
-        name
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+def test_only_the_demo_knows_of_guests() -> None:
+    """They are a distribution of their own, which a daemon does without."""
+    users = {
+        part(path)
+        for path in MODULES
+        if any(name.split(".")[0] == "ninepd_guests" for name in imports(path))
     }
-    assert not {name for name in at_top if name.startswith(("ninepd.demo", "ninepd.guest"))}
+    assert users == {"cli"}
+    program = "import ninepd.cli, sys; print([n for n in sys.modules if 'guests' in n])"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,12 @@ def test_pip_install(tmp_path: Path, export: Path) -> None:
     subprocess.run([*pip, str(source)], check=True, timeout=600)
     version = subprocess.check_output([place / "bin/ninepd", "--version"], text=True)
     assert version.startswith("ninepd, version ")
+    demo = subprocess.run(
+        [place / "bin/ninepd", "demo"], check=False, capture_output=True, text=True
+    )
+    assert demo.returncode == 2
+    assert "pip install ./guests" in demo.stderr
+    assert demo.stderr.count("\n") == 1
     # Elsewhere, for the interpreter looks into its working directory first.
     daemon = Daemon(
         socket=str(tmp_path / "socket"),

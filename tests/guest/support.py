@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ninepd.guest.boot import Share, Virtfs, boot_qemu, boot_uml
-from ninepd.guest.machine import Guest
+from ninepd_guests.boot import Share, Virtfs, boot_qemu, boot_uml
+from ninepd_guests.machine import Guest
 from tests.client import Daemon
 
 TAG = "test"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.guest.abi import AT_FDCWD
+from ninepd_guests.abi import AT_FDCWD
 from tests.guest.support import Place, Station
 
 CACHES = ("none", "mmap", "loose")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.guest.remote import Process
+from ninepd_guests.remote import Process
 from tests.guest.support import Place, Station
 
 USER, OTHER = 1000, 1001

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.guest import abi
-from ninepd.guest.boot import Share, Virtfs, boot_qemu, boot_uml
-from ninepd.guest.errors import GuestError, GuestTimeout
-from ninepd.guest.image import Cpio
-from ninepd.guest.machine import Guest
-from ninepd.guest.packages import natural
+from ninepd_guests import abi
+from ninepd_guests.boot import Share, Virtfs, boot_qemu, boot_uml
+from ninepd_guests.errors import GuestError, GuestTimeout
+from ninepd_guests.image import Cpio
+from ninepd_guests.machine import Guest
+from ninepd_guests.packages import natural
 
 
 @pytest.fixture(scope="module", params=["qemu", "uml"])
@@ -297,7 +297,7 @@ class TestMachine:
     def test_shell_on_a_pipe(self) -> None:
         code = """
             import sys
-            from ninepd.guest.boot import boot_uml
+            from ninepd_guests.boot import boot_uml
             with boot_uml() as guest:
                 sys.exit(guest.shell())
         """
@@ -326,7 +326,7 @@ class TestMachine:
     def test_the_guest_does_not_outlive_us(self, how: str) -> None:
         code = f"""
             import os, signal
-            from ninepd.guest.boot import {how}
+            from ninepd_guests.boot import {how}
             print({how}().pid, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         """
@@ -342,7 +342,7 @@ class TestMachine:
     def test_shell_on_this_terminal(self) -> None:
         code = """
             import sys
-            from ninepd.guest.boot import boot_uml
+            from ninepd_guests.boot import boot_uml
             with boot_uml() as guest:
                 sys.exit(guest.shell())
         """

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.guest.boot import Share
-from ninepd.guest.errors import GuestError
-from ninepd.guest.machine import Guest
+from ninepd_guests.boot import Share
+from ninepd_guests.errors import GuestError
+from ninepd_guests.machine import Guest
 from tests.conftest import StartDaemon
 from tests.guest.support import TAG, Station, boot, eventually
 

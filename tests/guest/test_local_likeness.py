@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ninepd.guest.abi import Read
-from ninepd.guest.remote import Process
+from ninepd_guests.abi import Read
+from ninepd_guests.remote import Process
 from tests.guest.support import Place, Station
 
 STEPS = 500

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.guest.abi import F_RDLCK, F_UNLCK, F_WRLCK
-from ninepd.guest.boot import Share, boot_uml
-from ninepd.guest.machine import Guest
-from ninepd.guest.remote import Process
+from ninepd_guests.abi import F_RDLCK, F_UNLCK, F_WRLCK
+from ninepd_guests.boot import Share, boot_uml
+from ninepd_guests.machine import Guest
+from ninepd_guests.remote import Process
 from tests.client import Daemon
 from tests.conftest import StartDaemon
 from tests.guest.support import TAG, Place, eventually

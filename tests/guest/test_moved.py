@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ninepd.guest.remote import Process
+from ninepd_guests.remote import Process
 from tests.guest.support import Place, Station, outcomes
 
 DEPTHS = {"top": ".", "deep": "a/b/c/d"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.guest.boot import boot_qemu
-from ninepd.guest.machine import Guest
+from ninepd_guests.boot import boot_qemu
+from ninepd_guests.machine import Guest
 from tests.conftest import StartDaemon
 
 CONFIGS = sorted((Path(__file__).parents[2] / "qemu-configs").glob("*.cfg"))

@@ -14,9 +14,10 @@ from typing import Final
 
 from ninepd.errors import UsageError
 from ninepd.export.security import privileged
-from ninepd.guest.boot import Share, boot_qemu, boot_uml
-from ninepd.guest.errors import GuestError
-from ninepd.guest.machine import Guest
+
+from .boot import Share, boot_qemu, boot_uml
+from .errors import GuestError
+from .machine import Guest
 
 TAG: Final = "demo"
 MSIZE: Final = 512_000

@@ -1,4 +1,4 @@
-"""QEMU, busybox and the guest agent. ``python -m ninepd.guest.tools`` fills the cache ahead."""
+"""QEMU, busybox and the guest agent. ``python -m ninepd_guests.tools`` fills the cache ahead."""
 
 import argparse
 import functools
@@ -96,7 +96,7 @@ def prepare(what: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m ninepd.guest.tools", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ninepd_guests.tools", description=__doc__)
     parser.add_argument("what", nargs="?", default="all", choices=("qemu", "kernels", "uml", "all"))
     try:
         prepare(parser.parse_args().what)
