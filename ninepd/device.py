@@ -12,7 +12,8 @@ from typing import Final
 
 from ninepd.errors import Refused, RingBroken
 from ninepd.ops.guest import Service
-from ninepd.pipeline import GRACE_SECONDS, HEADER_LIMITS, Pipeline
+from ninepd.ops.table import HEADER_LIMITS
+from ninepd.pipeline import GRACE_SECONDS, Pipeline
 from ninepd.vhostuser.messages import Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
     AddRegion,

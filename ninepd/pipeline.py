@@ -14,7 +14,6 @@ right behind it, never before: the client frees the request's memory when it see
 
 import errno
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,41 +23,27 @@ from typing import Any, Final
 from ninepd import syscalls
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.export.descriptors import mark_worker
-from ninepd.export.handles import Opened
 from ninepd.export.security import privileged
 from ninepd.jobs import Job, Jobs
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest, Service
 from ninepd.ops.replies import Encoded, Later, Payload, Reply
-from ninepd.ops.table import HANDLERS, Handler, fid_fields
+from ninepd.ops.table import ROWS, Row
 from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
     CODEC_OF,
-    CODECS,
     HEADER_SIZE,
     IO_HEADER,
-    NUMBERS,
+    RLERROR_SIZE,
     WITH_DATA,
     WRITE_HEADER,
     Rerror,
     RerrorPlain,
     Rflush,
     Tattach,
-    Tclunk,
-    Tcreate,
     Tflush,
-    Tlcreate,
-    Tlopen,
-    Topen,
-    Tremove,
-    Trename,
     Tversion,
-    Twalk,
-    Twrite,
-    Twstat,
-    Txattrcreate,
 )
-from ninepd.p9.session import Dialect
 from ninepd.payload import ChainPayload, PrivatePayload
 from ninepd.vring import DONE, REQUEST, Vring
 
@@ -67,48 +52,13 @@ trace = logging.getLogger("ninepd.trace")
 
 GRACE_SECONDS: Final = 1.0
 """How long a ring that is told to stop waits for work that is out."""
-HEADER_LIMITS: Final = {NUMBERS[Twrite]: WRITE_HEADER}
-"""How much of a request is copied out of guest memory, where that is not all of it."""
 ERRORS: Final = frozenset({Rerror, RerrorPlain})
 """Errors in words, which are cut to what room there is. An Rlerror always fits."""
-RLERROR_SIZE: Final = HEADER_SIZE + 4
 _pack_done: Final = DONE.pack_into
 _DONE_SIZE: Final = int(DONE.size)
-_RWALK_FIXED: Final = 9
-_QID_SIZE: Final = 13
 _SEGMENTS: Final = 1024
 """Descriptors in one indirect table, or in a chain of a ring that is larger."""
 _PAGE: Final = 4096
-
-
-_CHANGES_FID: Final = frozenset(
-    {Tlopen, Tlcreate, Txattrcreate, Topen, Tcreate, Tclunk, Tremove, Trename, Twstat}
-)
-"""Messages after which a fid is not what it was: no other may use it meanwhile."""
-
-
-class Route:
-    """All that is known about one T-message beforehand."""
-
-    def __init__(self, message: type[Any], handler: Handler | None) -> None:
-        self.message = message
-        self.codec = CODEC_OF[message]
-        self.handler = handler
-        self.fid_fields = fid_fields(message)
-        answer = CODECS.get(self.codec.number + 1)
-        self.reply_size = max(RLERROR_SIZE, HEADER_SIZE + answer.size if answer else 0)
-        """What its reply takes at least: checked first, so that nothing is done in vain."""
-        self.is_walk = message is Twalk
-        self.is_write = message is Twrite
-
-
-ROUTES: Final[dict[Dialect, dict[int, Route]]] = {
-    dialect: {
-        NUMBERS[message]: Route(message, handler)
-        for message, handler in {**handlers, Tversion: None, Tflush: None}.items()
-    }
-    for dialect, handlers in HANDLERS.items()
-}
 
 
 class Pipeline:
@@ -238,7 +188,7 @@ class Pipeline:
         """Look up what each request needs to know of the session, which may be a new one."""
         self._guest = guest = self._service.guest
         self._msize = guest.session.msize
-        self._routes = ROUTES[guest.session.dialect]
+        self._rows = ROWS[guest.session.dialect]
 
     def _request(
         self,
@@ -263,35 +213,30 @@ class Pipeline:
         try:
             if self._budget.crowded:
                 self._budget.make_room()
-            route = self._routes.get(number)
-            if (
-                route is None
-                or fault
-                or not self._is_sound(route, readable, writable, copied, size)
-            ):
-                raise self._refusal(route, readable, writable, fault, size, number)
+            row = self._rows.get(number)
+            if row is None or fault or not self._is_sound(row, readable, writable, copied, size):
+                raise self._refusal(row, readable, writable, fault, size, number)
             start = head * self._header_stride
             end = start + (size if size < copied else copied)
-            message = route.codec.decode(self._vring.headers, start + HEADER_SIZE, end)
-            if route.is_walk and writable < _RWALK_FIXED + _QID_SIZE * len(message.names):
-                raise ProtocolError("the reply does not fit", errno.EMSGSIZE)
-            if route.is_write and message.nbytes > size - WRITE_HEADER:
+            message = row.codec.decode(self._vring.headers, start + HEADER_SIZE, end)
+            if row.header_limit and message.nbytes > size - row.header_limit:
                 raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} of data")
             if self._tracing:
                 trace.debug("%s: tag %d %s", self._name, tag, message)
             if jobs.by_tag and jobs.find(tag) is not None:
                 raise ProtocolError(f"tag {tag} is in use")
-            handler = route.handler
-            if handler is None:
+            if row.handler is None:
                 self._session_message(guest, head, tag, message)
                 return
-            if (jobs.by_tag or self._volumes.remote) and self._must_leave(guest, route, message):
-                work = partial(handler, guest, message)
-                self._hand_over(guest, head, tag, route, message, work)
+            fids = row.resolve(guest.session, message)
+            if (jobs.by_tag or self._volumes.remote) and self._must_leave(
+                guest, row, message, fids
+            ):
+                self._hand_over(guest, head, tag, row, message, fids, None)
                 return
-            reply = handler(guest, message, payload)
+            reply = row.serve(guest, message, payload, fids)
             if isinstance(reply, Later):
-                self._hand_over(guest, head, tag, route, message, reply.work)
+                self._hand_over(guest, head, tag, row, message, fids, reply.work)
                 return
         except OSError as error:
             reply = guest.session.error(to_errno(error))
@@ -302,17 +247,17 @@ class Pipeline:
             reply = guest.session.error(errno.EIO)
         self._finish(head, tag, reply)
 
-    def _is_sound(self, route: Route, readable: int, writable: int, copied: int, size: int) -> bool:
+    def _is_sound(self, row: Row, readable: int, writable: int, copied: int, size: int) -> bool:
         """May a request be decoded? If not, ``_refusal`` says why."""
         return (
             HEADER_SIZE <= size <= readable
-            and (size <= self._msize or (not self._msize and route.message is Tversion))
-            and writable >= route.reply_size
-            and (copied >= size or route.is_write)
+            and (size <= self._msize or (not self._msize and row.message is Tversion))
+            and writable >= row.reply_size
+            and (copied >= size or row.header_limit != 0)
         )
 
     def _refusal(
-        self, route: Route | None, readable: int, writable: int, fault: int, size: int, number: int
+        self, row: Row | None, readable: int, writable: int, fault: int, size: int, number: int
     ) -> ProtocolError:
         if fault:
             return ProtocolError("a buffer lies outside guest memory", fault)
@@ -320,38 +265,39 @@ class Pipeline:
             return ProtocolError(f"the size field says {size}, {readable} bytes came")
         if self._msize and size > self._msize:
             return ProtocolError(f"{size} bytes are more than msize", errno.EMSGSIZE)
-        if route is None:
+        if row is None:
             return ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
-        if writable < route.reply_size:
+        if writable < row.reply_size:
             return ProtocolError("the reply does not fit", errno.EMSGSIZE)
-        if not self._msize and route.message is not Tversion:
+        if not self._msize and row.message is not Tversion:
             return ProtocolError("no Tversion came before")
         return ProtocolError("the message is too long", errno.ENAMETOOLONG)
 
-    def _must_leave(self, guest: Guest, route: Route, message: Any) -> bool:
+    def _must_leave(self, guest: Guest, row: Row, message: Any, fids: list[Fid]) -> bool:
         """Is it on storage that may hang, or does it have to wait for others that are?"""
-        fids = _fids(guest, route, message)
         if any(fid.handle.remote for fid in fids):
             return True
-        if route.message is Tattach and guest.tree.root.remote:
+        if row.message is Tattach and guest.tree.root.remote:
             return True
-        return bool(self._jobs) and self._jobs.must_wait(fids, _is_exclusive(fids, message))
+        return bool(self._jobs) and self._jobs.must_wait(fids, row.is_exclusive(message, fids))
 
     def _hand_over(
         self,
         guest: Guest,
         head: int,
         tag: int,
-        route: Route,
+        row: Row,
         message: Any,
-        work: Callable[[Payload], Reply],
+        fids: list[Fid],
+        rest: Callable[[Payload], Reply] | None,
     ) -> None:
-        fids = _fids(guest, route, message)
+        """The whole request becomes a job, or the ``rest`` of it."""
         payload = self._payloads[head]
-        data = payload.take(message.nbytes) if route.message is Twrite else b""
+        data = payload.take(message.nbytes) if row.header_limit else b""
         private = PrivatePayload(data, payload.room)
-        exclusive = _is_exclusive(fids, message)
-        self._jobs.add(Job(head, tag, guest, fids, private, work, exclusive))
+        work = rest or (lambda payload: row.serve(guest, message, payload, fids))
+        exclusive = row.is_exclusive(message, fids)
+        self._jobs.add(Job(head, tag, guest, list(dict.fromkeys(fids)), private, work, exclusive))
 
     def _session_message(self, guest: Guest, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
@@ -421,22 +367,6 @@ class Pipeline:
             self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
         else:
             self._push(head, 0, 0, 0)
-
-
-def _fids(guest: Guest, route: Route, message: Any) -> list[Fid]:
-    fids = guest.session.fids
-    found = [fids.get(message[field]) for field in route.fid_fields]
-    return list(dict.fromkeys([fid for fid in found if fid is not None]))
-
-
-def _is_exclusive(fids: list[Fid], message: Any) -> bool:
-    kind = type(message)
-    if kind is Twalk:
-        return bool(message.fid == message.newfid)
-    if kind is Twrite:
-        # Appending writes must reach the file in the order in which they came (open(2)).
-        return any(isinstance(f.opened, Opened) and f.opened.flags & os.O_APPEND for f in fids)
-    return kind in _CHANGES_FID
 
 
 def _prepare_thread() -> None:

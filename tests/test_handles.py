@@ -16,6 +16,7 @@ from ninepd.export.handles import Handle
 from ninepd.export.security import make_model
 from ninepd.export.tree import Tree
 from ninepd.ops import names
+from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest, Policy
 from ninepd.p9.messages import Trenameat, Tunlinkat
 from ninepd.payload import PrivatePayload
@@ -75,28 +76,32 @@ class Worker(threading.Thread):
             handle = self.held.pop(self.random.randrange(len(self.held)))
             self.guest.tree.handles.release(handle)
 
-    def _directory_fid(self, number: int) -> int:
+    def _directory_fid(self, number: int) -> Fid:
         handle, _ = self.guest.tree.existing(self.guest.tree.root, self.random.choice(DIRECTORIES))
-        self.guest.add(number, handle, 0)
-        return number
+        return self.guest.add(number, handle, 0)
+
+    def _clunk(self, number: int, fid: Fid) -> None:
+        self.guest.retire(self.guest.remove(number, fid))
 
     def rename(self) -> None:
-        fids: list[int] = []
+        fids: list[Fid] = []
         try:
             fids.extend(map(self._directory_fid, self.fids))  # what there was before an error stays
             old, new = (self.random.choice(FILES) for _ in range(2))
-            names.renameat(self.guest, Trenameat(fids[0], old, fids[1], new), PAYLOAD)
+            message = Trenameat(self.fids[0], old, self.fids[1], new)
+            names.renameat(self.guest, message, PAYLOAD, *fids)
         finally:
-            for fid in fids:
-                self.guest.retire(self.guest.remove(fid))
+            for number, fid in zip(self.fids, fids, strict=False):
+                self._clunk(number, fid)
 
     def remove(self) -> None:
-        fid = self._directory_fid(self.fids[0])
+        number = self.fids[0]
+        fid = self._directory_fid(number)
         name = self.random.choice(FILES)
         try:
-            names.unlinkat(self.guest, Tunlinkat(fid, name, 0), PAYLOAD)
+            names.unlinkat(self.guest, Tunlinkat(number, name, 0), PAYLOAD, fid)
         finally:
-            self.guest.retire(self.guest.remove(fid))
+            self._clunk(number, fid)
             directory = self.export / os.fsdecode(self.random.choice(DIRECTORIES))
             (directory / os.fsdecode(name)).touch()
 

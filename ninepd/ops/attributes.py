@@ -29,9 +29,9 @@ _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 
 
-def getattr(guest: Guest, message: Tgetattr, payload: Payload) -> Reply:  # noqa: A001
+def getattr(guest: Guest, _message: Tgetattr, payload: Payload, fid: Fid) -> Reply:  # noqa: A001
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
-    handle = guest.file(message.fid).handle
+    handle = fid.held()
     qids = guest.tree.qids
     if not syscalls.getattr_body(handle.fd, qids.devices, handle.generation, payload.body):
         path = qids.path(guest.tree.stat(handle))
@@ -49,11 +49,9 @@ def _time(valid: int, changes: int, explicit: int, sec: int, nsec: int) -> tuple
     return sec - (1 << 64) if sec >> 63 else sec, nsec
 
 
-def setattr(guest: Guest, message: Tsetattr, _payload: Payload) -> Reply:  # noqa: A001
+def setattr(guest: Guest, message: Tsetattr, _payload: Payload, fid: Fid) -> Reply:  # noqa: A001
     """Size, owner, mode, times, in this order: chown clears setuid, truncate touches mtime."""
-    guest.refuse_if_readonly()
-    fid = guest.file(message.fid)
-    handle, valid = fid.handle, message.valid
+    handle, valid = fid.held(), message.valid
     if valid & ~_KNOWN:
         raise OSError(errno.EINVAL, f"attributes {valid & ~_KNOWN:#x} are not known")
     if valid & SetattrValid.MODE and handle.is_symlink:
@@ -122,6 +120,6 @@ def _change(
     return Rsetattr()
 
 
-def statfs(guest: Guest, message: Tstatfs, _payload: Payload) -> Reply:
+def statfs(_guest: Guest, _message: Tstatfs, _payload: Payload, fid: Fid) -> Reply:
     """Of the file system that the fid's own file lies on, also below a mount."""
-    return Rstatfs._make(syscalls.fstatfs(guest.file(message.fid).handle.fd))
+    return Rstatfs._make(syscalls.fstatfs(fid.held().fd))

@@ -1,5 +1,6 @@
 """A fid: a handle on an inode and, once opened, what it was opened as."""
 
+import errno
 from dataclasses import dataclass, field
 
 from mypy_extensions import i32, mypyc_attr
@@ -30,7 +31,7 @@ class Fid:
     """State of one fid.
 
     ``users`` counts requests that run outside the device thread and use this fid: as long as there
-    are any, a clunk leaves the descriptors open and marks the fid ``doomed``.
+    are any, a clunk leaves the descriptors open. It marks the fid ``doomed`` in any case.
     """
 
     __slots__ = ("attached", "doomed", "elsewhere", "handle", "opened", "uid", "users")
@@ -47,6 +48,39 @@ class Fid:
         self.doomed = False
         self.attached = False
         """Is it the root of what was attached, which has no name (stat(5))?"""
+
+    # What a request may ask of it
+
+    def held(self) -> Handle:
+        """The file-system object, of any kind; EINVAL if the fid is an extended attribute."""
+        if isinstance(self.opened, (XattrValue, XattrWriter)):
+            raise OSError(errno.EINVAL, "the fid is an extended attribute")
+        return self.handle
+
+    def directory(self) -> Handle:
+        """The directory; ENOTDIR if it is something else."""
+        if not self.handle.is_directory:
+            raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
+        return self.held()
+
+    def check_unopened(self) -> None:
+        """EINVAL if it is open already, so may neither be opened nor moved to another file."""
+        if self.opened is not None:
+            raise OSError(errno.EINVAL, "the fid is open already")
+
+    def open_object(self) -> Opened:
+        """The open file or directory; EBADF if it is not open, or is an extended attribute."""
+        if not isinstance(self.opened, Opened):
+            raise OSError(errno.EBADF, "the fid is not open")
+        return self.opened
+
+    def open_file(self) -> Opened:
+        """As ``open_object``; EISDIR for a directory."""
+        if self.handle.is_directory and self.opened is not None:
+            raise IsADirectoryError(errno.EISDIR, "the fid is a directory")
+        return self.open_object()
+
+    # What others need to know of it
 
     @property
     def place(self) -> Place | None:

@@ -59,24 +59,27 @@ READDIR_MAX: Final = 65536
 """Longest run of directory entries in one reply: enough to amortise a round trip."""
 
 
+def is_for_change(flags: int) -> bool:
+    """May a file that is opened with these Tlopen flags be changed?"""
+    return bool(flags & (OpenFlag.WRONLY | OpenFlag.RDWR | OpenFlag.TRUNC | OpenFlag.APPEND))
+
+
 def host_flags(guest: Guest, flags: int) -> int:
-    """Translate Tlopen flags; EINVAL without a valid access mode, EROFS on a read-only export."""
+    """Translate Tlopen flags; EINVAL without a valid access mode."""
     if flags & OpenFlag.NOACCESS == OpenFlag.NOACCESS:
         raise OSError(errno.EINVAL, "an open needs an access mode")
     host = 0
     for guest_flag, host_flag in _HOST_FLAGS.items():
         if flags & guest_flag:
             host |= host_flag
-    if flags & (OpenFlag.WRONLY | OpenFlag.RDWR | OpenFlag.TRUNC | OpenFlag.APPEND):
-        guest.refuse_if_readonly()
     if guest.policy.readonly:
         host |= os.O_NOATIME
     return host
 
 
-def lopen(guest: Guest, message: Tlopen, _payload: Payload) -> Reply:
+def lopen(guest: Guest, message: Tlopen, _payload: Payload, fid: Fid) -> Reply:
     """Open the fid; a failed open leaves it as it was."""
-    fid = guest.unopened(message.fid)
+    fid.check_unopened()
     flags = host_flags(guest, message.flags)
     is_directory = fid.handle.is_directory
     if is_directory and flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
@@ -93,20 +96,17 @@ def _opened(guest: Guest, fid: Fid, flags: int, wait: bool) -> Reply:
     return Rlopen(guest.tree.qid(fid.handle), iounit)
 
 
-def lcreate(guest: Guest, message: Tlcreate, _payload: Payload) -> Reply:
+def lcreate(guest: Guest, message: Tlcreate, _payload: Payload, fid: Fid) -> Reply:
     """Create and open a file; the fid moves from its directory to the file.
 
     Always tried with O_EXCL first. If the file exists and the guest did not ask for EXCL (its cache
     was behind), it is opened as it is: an existing object is never given an owner or a mode.
     """
-    guest.refuse_if_readonly()
-    fid = guest.unopened(message.fid)
-    if not fid.handle.is_directory:
-        raise NotADirectoryError(errno.ENOTDIR, f"fid {message.fid} is no directory")
+    fid.check_unopened()
+    directory = fid.directory()
     check_name(message.name)
     flags = host_flags(guest, message.flags)
     tree = guest.tree
-    directory = fid.handle
     uid, gid = guest.model.identity(fid.uid, message.gid)
     tree.handles.budget.check(2)
     try:
@@ -129,51 +129,39 @@ def lcreate(guest: Guest, message: Tlcreate, _payload: Payload) -> Reply:
     return Rlcreate(tree.qids.qid(stat), guest.iounit())
 
 
-def opened(fid: Fid) -> Opened:
-    """What a fid is open as; EBADF if it is not open, or is an extended attribute."""
-    if not isinstance(fid.opened, Opened):
-        raise OSError(errno.EBADF, "the fid is not open")
-    return fid.opened
-
-
-def _open_file(fid: Fid) -> Opened:
-    if fid.handle.is_directory and fid.opened is not None:
-        raise IsADirectoryError(errno.EISDIR, "the fid is a directory")
-    return opened(fid)
-
-
 def _check_offset(offset: int, count: int) -> None:
     if offset + count >> 63:
         raise OSError(errno.EINVAL, "the range lies beyond the largest file")
 
 
-def read(guest: Guest, message: Tread, payload: Payload) -> Reply:
+def read(_guest: Guest, message: Tread, payload: Payload, fid: Fid) -> Reply:
     """Data from the page cache at once, else on a worker."""
-    fid = guest.fid(message.fid)
     if isinstance(fid.opened, XattrValue):
         return xattrs.read(fid.opened, message, payload)
-    file = _open_file(fid)
+    file = fid.open_file()
     count = min(message.nbytes, payload.room)
     _check_offset(message.offset, count)
     if fid.handle.in_memory or fid.handle.remote:
-        return _read_rest(file.fd, message.offset, count, 0, payload)
+        return _read_rest(file, message.offset, count, 0, payload)
+    fd = file.fd
     done = 0
     while done < count:
         try:
-            got = payload.read(file.fd, done, count - done, message.offset + done, os.RWF_NOWAIT)
+            got = payload.read(fd, done, count - done, message.offset + done, os.RWF_NOWAIT)
         except BlockingIOError:  # not in the page cache
-            return Later(partial(_read_rest, file.fd, message.offset, count, done))
+            return Later(partial(_read_rest, file, message.offset, count, done))
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:  # this file system cannot tell
                 raise
-            return _read_rest(file.fd, message.offset, count, done, payload)
+            return _read_rest(file, message.offset, count, done, payload)
         if not got:
             break
         done += got
     return made(Rread, (done,))
 
 
-def _read_rest(fd: int, offset: int, count: int, done: int, payload: Payload) -> Reply:
+def _read_rest(file: Opened, offset: int, count: int, done: int, payload: Payload) -> Reply:
+    fd = file.fd
     while done < count:
         got = payload.read(fd, done, count - done, offset + done)
         if not got:
@@ -182,21 +170,21 @@ def _read_rest(fd: int, offset: int, count: int, done: int, payload: Payload) ->
     return made(Rread, (done,))
 
 
-def write(guest: Guest, message: Twrite, payload: Payload) -> Reply:
+def write(_guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
     """Data into the page cache; on a worker if the file was opened to be written through."""
-    fid = guest.fid(message.fid)
     if message.nbytes > payload.available:
         raise OSError(errno.EINVAL, f"{message.nbytes} bytes announced, {payload.available} came")
     if isinstance(fid.opened, XattrWriter):
         return xattrs.write(fid.opened, message, payload)
-    file = _open_file(fid)
+    file = fid.open_file()
     _check_offset(message.offset, message.nbytes)
     if file.synchronous and not fid.handle.in_memory:
-        return Later(partial(_write_all, file.fd, message))
-    return _write_all(file.fd, message, payload)
+        return Later(partial(_write_all, file, message))
+    return _write_all(file, message, payload)
 
 
-def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
+def _write_all(file: Opened, message: Twrite, payload: Payload) -> Reply:
+    fd = file.fd
     done = 0
     while done < message.nbytes:
         try:
@@ -211,10 +199,9 @@ def _write_all(fd: int, message: Twrite, payload: Payload) -> Reply:
     return made(Rwrite, (done,))
 
 
-def readdir(guest: Guest, message: Treaddir, payload: Payload) -> Reply:
+def readdir(guest: Guest, message: Treaddir, payload: Payload, fid: Fid) -> Reply:
     """Entries behind the one that had cookie ``offset``; none means the end."""
-    fid = guest.fid(message.fid)
-    directory = opened(fid)
+    directory = fid.open_object()
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
     cookies = directory.cookies or fid.handle.begin_listing()
@@ -260,25 +247,23 @@ def _readdir_slowly(guest: Guest, fid: Fid, fd: int, offset: int, size: int) -> 
     return bytes(out)
 
 
-def fsync(guest: Guest, message: Tfsync, payload: Payload) -> Reply:
+def fsync(_guest: Guest, message: Tfsync, payload: Payload, fid: Fid) -> Reply:
     """On a worker, unless the file is in memory only. Directories too."""
-    fid = guest.fid(message.fid)
-    flush = partial(_flush, opened(fid).fd, bool(message.datasync))
+    flush = partial(_flush, fid.open_object(), bool(message.datasync))
     return flush(payload) if fid.handle.in_memory else Later(flush)
 
 
-def _flush(fd: int, data_only: bool, _payload: Payload) -> Reply:
+def _flush(file: Opened, data_only: bool, _payload: Payload) -> Reply:
     if data_only:
-        os.fdatasync(fd)
+        os.fdatasync(file.fd)
     else:
-        os.fsync(fd)
+        os.fsync(file.fd)
     return Rfsync()
 
 
-def lock(guest: Guest, message: Tlock, _payload: Payload) -> Reply:
+def lock(guest: Guest, message: Tlock, _payload: Payload, fid: Fid) -> Reply:
     """Take or release a byte-range lock; never waits: a client that will is told BLOCKED."""
-    fid = guest.fid(message.fid)
-    _open_file(fid)
+    fid.open_file()
     if message.flags & ~(LOCK_FLAG_BLOCK | LOCK_FLAG_RECLAIM):
         raise OSError(errno.EINVAL, f"lock flags {message.flags:#x} are not known")
     owner = Owner(message.proc_id, message.client_id)
@@ -287,10 +272,9 @@ def lock(guest: Guest, message: Tlock, _payload: Payload) -> Reply:
     return Rlock(LockStatus.SUCCESS if taken else LockStatus.BLOCKED)
 
 
-def getlock(guest: Guest, message: Tgetlock, _payload: Payload) -> Reply:
+def getlock(guest: Guest, message: Tgetlock, _payload: Payload, fid: Fid) -> Reply:
     """Who is in the way of a lock, or UNLCK if nobody is."""
-    fid = guest.fid(message.fid)
-    _open_file(fid)
+    fid.open_file()
     owner = Owner(message.proc_id, message.client_id)
     kind = _lock_type(message.type)
     found = guest.locks.conflict(fid, kind, message.start, message.length, owner)

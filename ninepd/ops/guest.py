@@ -18,7 +18,7 @@ from ninepd.export.descriptors import Holder, on_worker
 from ninepd.export.handles import Handle, Opened, Place
 from ninepd.export.security import SecurityModel
 from ninepd.export.tree import Tree
-from ninepd.ops.fid import Fid, XattrValue, XattrWriter
+from ninepd.ops.fid import Fid
 from ninepd.ops.locks import LockTable
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
@@ -100,8 +100,8 @@ class Guest:
     def retire(self, fid: Fid) -> None:
         """Close what a fid holds, whose number is free: now, or when its last user is done."""
         with self._lock:
+            fid.doomed = True
             if fid.users:
-                fid.doomed = True
                 return
         self._release(fid)
 
@@ -122,10 +122,6 @@ class Guest:
 
     # Fids
 
-    def fid(self, number: int) -> Fid:
-        """ENOENT if the client has no such fid."""
-        return self.session.get(number)
-
     def add(self, number: int, handle: Handle, uid: int, elsewhere: Place | None = None) -> Fid:
         """A new fid; takes over its references, see ``Fid``."""
         fid = Fid(handle, uid, elsewhere)
@@ -139,9 +135,11 @@ class Guest:
             raise
         return fid
 
-    def remove(self, number: int) -> Fid:
-        """Take a number back; ENOENT if it is not in use, also if another thread was faster."""
+    def remove(self, number: int, fid: Fid) -> Fid:
+        """Take a fid's number back; ENOENT if another thread was faster."""
         with self._lock:
+            if self.session.fids.get(number) is not fid:
+                raise FileNotFoundError(errno.ENOENT, "the fid was clunked meanwhile")
             return self.session.remove(number)
 
     def move(self, fid: Fid, handle: Handle, directory: Handle, name: bytes) -> None:
@@ -158,37 +156,10 @@ class Guest:
         if elsewhere is not None:
             self.tree.handles.release(elsewhere[0])
 
-    def directory(self, number: int) -> Fid:
-        """A fid that holds a directory; ENOTDIR if it holds something else."""
-        fid = self.session.get(number)
-        if not fid.handle.is_directory:
-            raise NotADirectoryError(errno.ENOTDIR, f"fid {number} is no directory")
-        if isinstance(fid.opened, (XattrValue, XattrWriter)):
-            raise OSError(errno.EINVAL, f"fid {number} is an extended attribute")
-        return fid
-
-    def file(self, number: int) -> Fid:
-        """A fid that holds a file-system object, not an extended attribute (EINVAL)."""
-        fid = self.session.get(number)
-        if isinstance(fid.opened, (XattrValue, XattrWriter)):
-            raise OSError(errno.EINVAL, f"fid {number} is an extended attribute")
-        return fid
-
-    def unopened(self, number: int) -> Fid:
-        """A fid that may be opened, or moved to another file: EINVAL if it is open already."""
-        fid = self.session.get(number)
-        if fid.opened is not None:
-            raise OSError(errno.EINVAL, f"fid {number} is open already")
-        return fid
-
     def check_xattr_room(self) -> None:
         """ENOSPC, as QEMU's max_xattr, when too many extended attributes are open."""
         if self.xattr_fids >= MAX_XATTR_FIDS:
             raise OSError(errno.ENOSPC, f"{MAX_XATTR_FIDS} extended attributes are open")
-
-    def refuse_if_readonly(self) -> None:
-        if self.policy.readonly:
-            raise OSError(errno.EROFS, "the export is read-only")
 
     # Answers
 

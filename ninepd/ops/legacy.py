@@ -70,7 +70,8 @@ _OPEN_FLAGS: Final = {0x10: OpenFlag.TRUNC, 0x80: OpenFlag.APPEND}
 _OEXEC: Final = 3
 
 
-def _flags(mode: int) -> int:
+def open_flags(mode: int) -> int:
+    """The flags of a Tlopen that say what an open mode does."""
     access = mode & 3
     flags = 0 if access == _OEXEC else access
     for bit, flag in _OPEN_FLAGS.items():
@@ -79,38 +80,39 @@ def _flags(mode: int) -> int:
     return flags
 
 
-def open(guest: Guest, message: Topen, payload: Payload) -> Reply:  # noqa: A001
+def open(guest: Guest, message: Topen, payload: Payload, fid: Fid) -> Reply:  # noqa: A001
     """Tlopen with the old flags."""
-    reply = files.lopen(guest, Tlopen(message.fid, _flags(message.mode)), payload)
+    reply = files.lopen(guest, Tlopen(message.fid, open_flags(message.mode)), payload, fid)
     if isinstance(reply, Later):
         wait = reply.work
         return Later(lambda payload: Ropen._make(wait(payload)))
     return Ropen._make(reply)
 
 
-def create(guest: Guest, message: Tcreate, payload: Payload) -> Reply:
+def create(guest: Guest, message: Tcreate, payload: Payload, fid: Fid) -> Reply:
     """Make an object of any kind; the fid moves to it, and is open if it can be."""
-    fid = guest.unopened(message.fid)
+    fid.check_unopened()
     perm, name, here = message.perm, message.name, message.fid
     guest.tree.handles.budget.check(2)
     mode = _host_mode(perm)
     if not perm & (Mode.DIR | Mode.SYMLINK | Mode.LINK | Mode.DEVICE | Mode.PIPE | Mode.SOCKET):
         created = files.lcreate(
             guest,
-            Tlcreate(here, name, _flags(message.mode) | OpenFlag.EXCL, mode, NO_ID),
+            Tlcreate(here, name, open_flags(message.mode) | OpenFlag.EXCL, mode, NO_ID),
             payload,
+            fid,
         )
         return Rcreate(created.qid, created.iounit)
     if perm & Mode.DIR:
-        names.mkdir(guest, Tmkdir(here, name, mode, NO_ID), payload)
+        names.mkdir(guest, Tmkdir(here, name, mode, NO_ID), payload, fid)
     elif perm & Mode.SYMLINK:
-        names.symlink(guest, Tsymlink(here, name, message.extension, NO_ID), payload)
+        names.symlink(guest, Tsymlink(here, name, message.extension, NO_ID), payload, fid)
     elif perm & Mode.LINK:
-        source = number_of(message.extension)
-        names.link(guest, Tlink(here, source, name), payload)
+        number = number_of(message.extension)
+        names.link(guest, Tlink(here, number, name), payload, fid, guest.session.get(number))
     else:
         kind, major, minor = _device(perm, message.extension)
-        names.mknod(guest, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload)
+        names.mknod(guest, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload, fid)
     handle, stat = guest.tree.existing(fid.handle, name)
     try:
         opened = guest.tree.open(handle, os.O_RDONLY) if handle.is_directory else None
@@ -178,29 +180,28 @@ def _describe(guest: Guest, fd: int, name: bytes) -> bytes:
     return encode_stat(stat, guest.session.dialect is Dialect.U)
 
 
-def stat(guest: Guest, message: Tstat, _payload: Payload) -> Reply:
+def stat(guest: Guest, _message: Tstat, _payload: Payload, fid: Fid) -> Reply:
     """All that an old client can know of a file."""
-    fid = guest.file(message.fid)
+    handle = fid.held()
     place = fid.place
     name = b"/" if fid.attached or place is None else place[1]
-    return Rstat(_describe(guest, fid.handle.fd, name))
+    return Rstat(_describe(guest, handle.fd, name))
 
 
-def wstat(guest: Guest, message: Twstat, payload: Payload) -> Reply:
+def wstat(guest: Guest, message: Twstat, payload: Payload, fid: Fid) -> Reply:
     """Change what is not left untouched; with nothing to change, flush the file (stat(5))."""
-    guest.refuse_if_readonly()
-    fid = guest.file(message.fid)
+    handle = fid.held()
     new = decode_stat(message.stat, guest.session.dialect is Dialect.U)
-    change = _setattr(message.fid, fid.handle, new)
+    change = _setattr(message.fid, handle, new)
     if new.name:
         check_name(new.name, errno.EISDIR)
     if change is None and not new.name:
         if fid.opened is None:
             return Rwstat()
-        return Later(partial(_flush, files.opened(fid).fd))
+        return Later(partial(_flush, fid.open_object()))
     rest = partial(_rename, guest, fid, new.name)
     if change is not None:
-        changed = attributes.setattr(guest, change, payload)
+        changed = attributes.setattr(guest, change, payload, fid)
         if isinstance(changed, Later):
             return Later(partial(_wait_and, changed, rest))
     return rest()
@@ -217,8 +218,8 @@ def _wait_and(first: Later, rest: Callable[[], Reply], payload: Payload) -> Repl
     return rest()
 
 
-def _flush(fd: int, _payload: Payload) -> Reply:
-    os.fsync(fd)
+def _flush(file: Opened, _payload: Payload) -> Reply:
+    os.fsync(file.fd)
     return Rwstat()
 
 
@@ -249,13 +250,12 @@ def _setattr(number: int, handle: Handle, new: Stat) -> Tsetattr | None:
     return Tsetattr(number, valid, mode, uid, gid, new.length, new.atime, 0, new.mtime, 0)
 
 
-def read(guest: Guest, message: Tread, payload: Payload) -> Reply:
+def read(guest: Guest, message: Tread, payload: Payload, fid: Fid) -> Reply:
     """Tread reads directories too, which 9P2000.L does by Treaddir."""
-    fid = guest.fid(message.fid)
     opened = fid.opened
     if isinstance(opened, Opened) and fid.handle.is_directory:
         return _read_directory(guest, opened, message, payload)
-    return files.read(guest, message, payload)
+    return files.read(guest, message, payload, fid)
 
 
 def _read_directory(guest: Guest, directory: Opened, message: Tread, payload: Payload) -> Reply:

@@ -45,36 +45,33 @@ def _new_qid(guest: Guest, directory: Handle, name: bytes) -> Qid:
     return guest.tree.qids.qid(syscalls.stat_at(directory.fd, name))
 
 
-def mkdir(guest: Guest, message: Tmkdir, _payload: Payload) -> Reply:
+def mkdir(guest: Guest, message: Tmkdir, _payload: Payload, fid: Fid) -> Reply:
     """Make a directory, owned by the fid's user and the message's group."""
-    guest.refuse_if_readonly()
-    parent = guest.directory(message.dfid)
+    parent = fid.directory()
     check_name(message.name)
-    uid, gid = guest.model.identity(parent.uid, message.gid)
-    syscalls.mkdir(parent.handle.fd, message.name, st.S_IMODE(message.mode), uid, gid)
-    return Rmkdir(_new_qid(guest, parent.handle, message.name))
+    uid, gid = guest.model.identity(fid.uid, message.gid)
+    syscalls.mkdir(parent.fd, message.name, st.S_IMODE(message.mode), uid, gid)
+    return Rmkdir(_new_qid(guest, parent, message.name))
 
 
-def symlink(guest: Guest, message: Tsymlink, _payload: Payload) -> Reply:
+def symlink(guest: Guest, message: Tsymlink, _payload: Payload, fid: Fid) -> Reply:
     """Make a symbolic link; its target is the guest's business and is never followed here."""
-    guest.refuse_if_readonly()
-    parent = guest.directory(message.dfid)
+    parent = fid.directory()
     check_name(message.name)
     if 0 in message.target:
         raise OSError(errno.EINVAL, "a link's target must not contain a NUL byte")
-    uid, gid = guest.model.identity(parent.uid, message.gid)
-    syscalls.symlink(message.target, parent.handle.fd, message.name, uid, gid)
-    return Rsymlink(_new_qid(guest, parent.handle, message.name))
+    uid, gid = guest.model.identity(fid.uid, message.gid)
+    syscalls.symlink(message.target, parent.fd, message.name, uid, gid)
+    return Rsymlink(_new_qid(guest, parent, message.name))
 
 
-def mknod(guest: Guest, message: Tmknod, _payload: Payload) -> Reply:
+def mknod(guest: Guest, message: Tmknod, _payload: Payload, fid: Fid) -> Reply:
     """Make a file of any kind but directory and link; the host never opens special ones."""
-    guest.refuse_if_readonly()
-    parent = guest.directory(message.dfid)
+    parent = fid.directory()
     check_name(message.name)
-    uid, gid = guest.model.identity(parent.uid, message.gid)
+    uid, gid = guest.model.identity(fid.uid, message.gid)
     syscalls.mknod(
-        parent.handle.fd,
+        parent.fd,
         message.name,
         message.mode & (st.S_IFMT(0o170000) | 0o7777),
         message.major,
@@ -82,35 +79,31 @@ def mknod(guest: Guest, message: Tmknod, _payload: Payload) -> Reply:
         uid,
         gid,
     )
-    return Rmknod(_new_qid(guest, parent.handle, message.name))
+    return Rmknod(_new_qid(guest, parent, message.name))
 
 
-def readlink(guest: Guest, message: Treadlink, _payload: Payload) -> Reply:
+def readlink(_guest: Guest, _message: Treadlink, _payload: Payload, fid: Fid) -> Reply:
     """Target of a symbolic link, byte for byte."""
-    handle = guest.file(message.fid).handle
+    handle = fid.held()
     if not handle.is_symlink:
-        raise OSError(errno.EINVAL, f"fid {message.fid} is no symbolic link")
+        raise OSError(errno.EINVAL, "the fid is no symbolic link")
     return Rreadlink(os.readlink(b"", dir_fd=handle.fd))
 
 
-def link(guest: Guest, message: Tlink, _payload: Payload) -> Reply:
+def link(_guest: Guest, message: Tlink, _payload: Payload, into: Fid, fid: Fid) -> Reply:
     """Another name for what ``fid`` holds, a symbolic link itself included."""
-    guest.refuse_if_readonly()
-    parent = guest.directory(message.dfid)
-    source = guest.file(message.fid).handle
+    parent, source = into.directory(), fid.held()
     check_name(message.name)
-    os.link(source.path, message.name, dst_dir_fd=parent.handle.fd, follow_symlinks=True)
+    os.link(source.path, message.name, dst_dir_fd=parent.fd, follow_symlinks=True)
     return Rlink()
 
 
-def renameat(guest: Guest, message: Trenameat, _payload: Payload) -> Reply:
+def renameat(guest: Guest, message: Trenameat, _payload: Payload, old: Fid, new: Fid) -> Reply:
     """rename(2) between two directories; fids follow their inodes, so there is nothing to mend."""
-    guest.refuse_if_readonly()
-    source = guest.directory(message.olddirfid)
-    target = guest.directory(message.newdirfid)
+    source, target = old.directory(), new.directory()
     check_name(message.oldname, errno.EISDIR)
     check_name(message.newname, errno.EISDIR)
-    _rename(guest, (source.handle, message.oldname), (target.handle, message.newname))
+    _rename(guest, (source, message.oldname), (target, message.newname))
     return Rrenameat()
 
 
@@ -155,11 +148,10 @@ def _place(guest: Guest, fid: Fid) -> Iterator[Place]:
             handles.release(place[0])
 
 
-def rename(guest: Guest, message: Trename, _payload: Payload) -> Reply:
+def rename(guest: Guest, message: Trename, _payload: Payload, fid: Fid, into: Fid) -> Reply:
     """Rename what a fid holds; Linux sends this only to servers without Trenameat."""
-    guest.refuse_if_readonly()
-    fid = guest.file(message.fid)
-    target = guest.directory(message.dfid).handle
+    fid.held()
+    target = into.directory()
     check_name(message.name, errno.EISDIR)
     rename_to(guest, fid, target, message.name)
     return Rrename()
@@ -195,23 +187,21 @@ def _remove_name(guest: Guest, directory: Handle, name: bytes, is_directory: boo
         handles.after_change(held)
 
 
-def unlinkat(guest: Guest, message: Tunlinkat, _payload: Payload) -> Reply:
+def unlinkat(guest: Guest, message: Tunlinkat, _payload: Payload, fid: Fid) -> Reply:
     """Remove a name; what fids hold of the file stays usable."""
-    guest.refuse_if_readonly()
-    parent = guest.directory(message.dirfid)
+    parent = fid.directory()
     check_name(message.name, errno.EINVAL if message.name == b"." else errno.ENOTEMPTY)
     if message.flags & ~UNLINK_REMOVEDIR:
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
     is_directory = bool(message.flags & UNLINK_REMOVEDIR)
-    _remove_name(guest, parent.handle, message.name, is_directory)
+    _remove_name(guest, parent, message.name, is_directory)
     return Runlinkat()
 
 
-def remove(guest: Guest, message: Tremove, _payload: Payload) -> Reply:
+def remove(guest: Guest, message: Tremove, _payload: Payload, fid: Fid) -> Reply:
     """Remove the file and clunk the fid, the latter whatever happens (remove(5))."""
-    fid = guest.remove(message.fid)
+    guest.remove(message.fid, fid)
     try:
-        guest.refuse_if_readonly()
         with _place(guest, fid) as (directory, name):
             _remove_name(guest, directory, name, fid.handle.is_directory)
     finally:

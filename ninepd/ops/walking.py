@@ -1,18 +1,19 @@
 """Tauth, Tattach, Twalk, Tclunk: how fids come and go."""
 
 import errno
-from functools import partial
 from typing import Final
 
 from ninepd.export.descriptors import on_worker
 from ninepd.export.handles import Handle, HandleTable
-from ninepd.ops.fid import XattrWriter
+from ninepd.ops.fid import Fid, XattrWriter
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.ops.xattrs import commit
 from ninepd.p9.messages import (
+    IO_HEADER,
     NO_ID,
     NOFID,
+    QID,
     Qid,
     Rattach,
     Rclunk,
@@ -26,6 +27,7 @@ from ninepd.p9.session import Dialect
 from ninepd.tuples import made
 
 _CLUNKED: Final = Rclunk()
+_RWALK_FIXED: Final = 9
 
 
 def number_of(text: bytes) -> int:
@@ -66,19 +68,21 @@ def attach(guest: Guest, message: Tattach, _payload: Payload) -> Reply:
     return Rattach(qid)
 
 
-def walk(guest: Guest, message: Twalk, _payload: Payload) -> Reply:
+def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
     """Follow names one by one; ``newfid`` comes to be only if all of them were found.
 
     If a later name fails, the answer holds the qids so far and nothing changes (walk(5)).
     """
-    start = guest.file(message.fid)
+    start.held()
+    names = message.names
+    if QID.size * len(names) > payload.room + IO_HEADER - _RWALK_FIXED:
+        raise OSError(errno.EMSGSIZE, "the reply does not fit")
     replaces = message.newfid == message.fid
     if not replaces:
         guest.session.check_free(message.newfid)
     elif start.opened is not None:
         raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
     tree, handles = guest.tree, guest.tree.handles
-    names = message.names
     handle, elsewhere = start.handle, start.elsewhere
     found: list[Handle] = []
     qids: list[Qid] = []
@@ -86,7 +90,7 @@ def walk(guest: Guest, message: Twalk, _payload: Payload) -> Reply:
         for name in names:
             if handle.remote and not on_worker():
                 _release(handles, found)
-                return Later(partial(walk, guest, message))
+                return Later(lambda payload: walk(guest, message, payload, start))
             step = tree.walk(handle, name)
             if step is None:
                 break
@@ -122,12 +126,12 @@ def _release(handles: HandleTable, found: list[Handle]) -> None:
         handles.release(handle)
 
 
-def clunk(guest: Guest, message: Tclunk, _payload: Payload) -> Reply:
+def clunk(guest: Guest, message: Tclunk, _payload: Payload, fid: Fid) -> Reply:
     """The number is free afterwards, whatever the answer.
 
     An announced xattr is set now; a file is closed, which may bring an error of a late write.
     """
-    fid = guest.remove(message.fid)
+    guest.remove(message.fid, fid)
     try:
         if isinstance(fid.opened, XattrWriter):
             commit(fid.handle, fid.opened)

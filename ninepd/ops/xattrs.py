@@ -11,7 +11,7 @@ from typing import Final
 from ninepd import syscalls
 from ninepd.export.handles import Handle
 from ninepd.export.security import ACLS
-from ninepd.ops.fid import XattrValue, XattrWriter
+from ninepd.ops.fid import Fid, XattrValue, XattrWriter
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Payload, Reply
 from ninepd.p9.messages import (
@@ -40,30 +40,29 @@ def _check_name(guest: Guest, name: bytes) -> None:
         raise OSError(errno.EOPNOTSUPP, "this security model does not serve that attribute")
 
 
-def xattrwalk(guest: Guest, message: Txattrwalk, _payload: Payload) -> Reply:
+def xattrwalk(guest: Guest, message: Txattrwalk, _payload: Payload, fid: Fid) -> Reply:
     """``newfid`` reads the value of an attribute, or, for an empty name, the list of names."""
-    fid = guest.file(message.fid)
+    handle = fid.held()
     guest.session.check_free(message.newfid)
     if message.name:
         _check_name(guest, message.name)
-        found = syscalls.getxattr(fid.handle.fd, message.name)
+        found = syscalls.getxattr(handle.fd, message.name)
         if found is None:
             return guest.session.error(errno.ENODATA)
         value = found
     else:
-        names = map(os.fsencode, os.listxattr(fid.handle.path))
+        names = map(os.fsencode, os.listxattr(handle.path))
         value = b"".join([name + b"\0" for name in names if guest.model.allows_xattr(name)])
     guest.check_xattr_room()
-    reader = guest.add(message.newfid, guest.tree.handles.share(fid.handle), fid.uid)
+    reader = guest.add(message.newfid, guest.tree.handles.share(handle), fid.uid)
     reader.opened = XattrValue(value)
     guest.xattr_fids += 1
     return Rxattrwalk(len(value))
 
 
-def xattrcreate(guest: Guest, message: Txattrcreate, _payload: Payload) -> Reply:
+def xattrcreate(guest: Guest, message: Txattrcreate, _payload: Payload, fid: Fid) -> Reply:
     """The fid becomes the writer of an attribute: Twrite fills it, Tclunk sets it."""
-    guest.refuse_if_readonly()
-    fid = guest.unopened(message.fid)
+    fid.check_unopened()
     _check_name(guest, message.name)
     if message.attr_size > XATTR_SIZE_MAX:
         raise OSError(errno.E2BIG, f"an extended attribute has at most {XATTR_SIZE_MAX} bytes")

@@ -39,6 +39,7 @@ IO_HEADER: Final = 11
 """Bytes before the data of an Rread or Rreaddir: header and count[4]."""
 WRITE_HEADER: Final = 23
 """Bytes before the data of a Twrite."""
+RLERROR_SIZE: Final = HEADER_SIZE + 4
 
 
 # Flags are plain numbers: operators of IntFlag cost as much as a system call.
