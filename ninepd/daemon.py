@@ -14,14 +14,15 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities
 from ninepd.config import Config, Export, Multidevs, Reclaim
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
-from ninepd.export.security import CAP_DAC_READ_SEARCH, has_capabilities, make_model
+from ninepd.export.local import make_host
 from ninepd.export.tree import Tree
 from ninepd.listener import Listener
-from ninepd.ops.guest import Policy, Service
+from ninepd.ops.guest import Service
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ class ExportServer:
         self._export = export
         self._loop = loop
         self._left = left
-        self._policy = Policy(make_model(export.security_model), export.readonly, export.msize_max)
         self._tree = _open_tree(export, budget)
         self._listener = Listener(export)
         self._connection: Connection | None = None
@@ -102,7 +102,7 @@ class ExportServer:
 
     def _serve(self, connected: socket.socket) -> None:
         log.info("%s: front end connected (%s)", self._export.tag, _peer(connected))
-        service = Service(self._tree, self._policy)
+        service = Service(self._tree, self._export.msize_max)
         self._connection = Connection(
             connected, self._export, service, self._loop, self._connection_left
         )
@@ -118,9 +118,11 @@ def _open_tree(export: Export, budget: int) -> Tree:
     by_handle = export.reclaim == Reclaim.HANDLES
     if by_handle and not has_capabilities(CAP_DAC_READ_SEARCH):
         raise UsageError("--reclaim: handles needs CAP_DAC_READ_SEARCH; run as root, or use names")
+    host = make_host(export.security_model, export.readonly)
     try:
         tree = Tree(
-            export.export,
+            os.open(export.export, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),
+            host,
             budget=budget,
             by_handle=by_handle,
             multidevs=Multidevs(export.multidevs),

@@ -9,6 +9,7 @@ from typing import Final
 
 from ninepd.config import Export
 from ninepd.errors import UsageError
+from ninepd.syscalls import fd_path
 
 _BACKLOG: Final = 4
 
@@ -55,7 +56,7 @@ def _listen(path: str) -> socket.socket:
     umask = os.umask(0o177)
     try:
         temporary = f".ninepd-{os.getpid()}"
-        sock.bind(f"/proc/self/fd/{folder_fd}/{temporary}")
+        sock.bind(f"{fd_path(folder_fd)}/{temporary}")
         sock.listen(_BACKLOG)
         os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
     except OSError:

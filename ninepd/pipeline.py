@@ -21,9 +21,9 @@ from functools import partial
 from typing import Any, Final
 
 from ninepd import syscalls
+from ninepd.capabilities import privileged
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.export.descriptors import mark_worker
-from ninepd.export.security import privileged
 from ninepd.jobs import Job, Jobs
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest, Service

@@ -93,6 +93,11 @@ view: Final = _ffi.from_buffer
 """C's view of a writable buffer of Python."""
 
 
+def fd_path(fd: int) -> str:
+    """Names what a descriptor holds, in calls that take a path and follow links."""
+    return f"/proc/self/fd/{fd}"
+
+
 def copy(source: Any, target: Any, size: int) -> None:
     """Copy bytes from one such view to another."""
     _ffi.memmove(target, source, size)

@@ -13,11 +13,11 @@ import pytest
 
 from ninepd.export.descriptors import mark_worker
 from ninepd.export.handles import Handle
-from ninepd.export.security import make_model
+from ninepd.export.local import UnmappedHost
 from ninepd.export.tree import Tree
 from ninepd.ops import names
 from ninepd.ops.fid import Fid
-from ninepd.ops.guest import Guest, Policy
+from ninepd.ops.guest import Guest
 from ninepd.p9.messages import Trenameat, Tunlinkat
 from ninepd.payload import PrivatePayload
 
@@ -116,8 +116,8 @@ def test_threads_that_share_few_descriptors(tmp_path: Path, by_handle: bool) -> 
         for file in FILES:
             (tmp_path / os.fsdecode(directory + b"/" + file)).touch()
     before = os.listdir("/proc/self/fd")
-    tree = Tree(str(tmp_path), budget=14, by_handle=by_handle)
-    guest = Guest(tree, Policy(make_model("none"), False, 1 << 20))
+    tree = Tree(os.open(tmp_path, os.O_PATH), UnmappedHost(), budget=14, by_handle=by_handle)
+    guest = Guest(tree, 1 << 20)
     workers = [Worker(guest, tmp_path, number) for number in range(5)]
     for worker in workers:
         worker.start()

@@ -26,7 +26,7 @@ LAYERS: Final = (
     {"ops"},
     {"export"},
     {"vhostuser", "p9"},
-    {"vring", "syscalls", "stats", "config"},
+    {"vring", "syscalls", "stats", "config", "capabilities"},
     {"errors", "tuples", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""
@@ -87,6 +87,62 @@ def test_codecs_do_no_io(package: str) -> None:
         if name.split(".")[0] in SANS_IO
     }
     assert used == set()
+
+
+SEAM: Final = {"host.py", "local.py", "readonly.py"}
+"""The classes that make system calls on the export, for all others."""
+NOT_YET: Final = {"descriptors.py", "handles.py", "volumes.py", "locks.py"}
+PURE: Final = {"fsencode", "fsdecode", "major", "minor", "stat_result"}
+CALLERS: Final = sorted(
+    path
+    for package in ("export", "ops")
+    for path in (PACKAGE / package).glob("*.py")
+    if path.name not in SEAM | NOT_YET
+)
+
+
+def host_calls(tree: ast.AST) -> set[str]:
+    """What a module uses of the modules that make system calls, other than constants and types."""
+    used = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="os" | "fcntl" | "syscalls" as module), attr=name):
+                used.add(f"{module}.{name}")
+            case ast.ImportFrom(module="os" | "fcntl" | "ninepd.syscalls" as module, names=names):
+                used |= {f"{module}.{alias.name}" for alias in names}
+            case ast.Call(func=ast.Name(id="open")):
+                used.add("builtins.open")
+    last = {whole: whole.rpartition(".")[2] for whole in used}
+    return {whole for whole, name in last.items() if not name[0].isupper() and name not in PURE}
+
+
+@pytest.mark.parametrize("path", CALLERS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_system_calls_on_the_export_are_the_hosts(path: Path) -> None:
+    assert host_calls(ast.parse(path.read_text())) == set()
+
+
+@pytest.mark.parametrize(
+    "line", ["os.stat(fd)", "open(path)", "fcntl.fcntl(fd, 1)", "from ninepd.syscalls import walk"]
+)
+def test_a_system_call_is_recognised(line: str) -> None:
+    assert host_calls(ast.parse(line))
+
+
+def test_magic_links_are_composed_in_one_place() -> None:
+    composing = {path.name for path in MODULES if "/proc/self/fd" in _strings(path)}
+    assert composing <= {"syscalls.py"} | NOT_YET
+
+
+def _strings(path: Path) -> str:
+    """All strings of a module that are not its documentation."""
+    found = []
+    documents = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            documents.add(node.value)
+        elif isinstance(node, ast.Constant) and node not in documents:
+            found.append(str(node.value))
+    return "\n".join(found)
 
 
 def test_every_part_has_a_layer() -> None:

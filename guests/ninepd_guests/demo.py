@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from ninepd.capabilities import privileged
 from ninepd.errors import UsageError
-from ninepd.export.security import privileged
 
 from .boot import Share, boot_qemu, boot_uml
 from .errors import GuestError

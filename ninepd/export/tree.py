@@ -1,9 +1,4 @@
-"""The export: every host system call on it, relative to descriptors under one root.
-
-Three things can be done with the O_PATH descriptor of a handle: stat it, look names up in it, and
-go through ``/proc/self/fd/N`` for the calls that want a path (xattrs, chmod, truncate, link,
-reopening). That magic link ends at the held object itself, even if it is a symbolic link (proc(5)).
-"""
+"""The export: what is found and opened below one directory of the host."""
 
 import errno
 import os
@@ -11,10 +6,10 @@ import stat as st
 import sys
 from typing import Final
 
-from ninepd import syscalls
 from ninepd.config import Multidevs
 from ninepd.export.descriptors import Budget
 from ninepd.export.handles import Handle, HandleTable, Opened, Place, is_same_inode
+from ninepd.export.host import Host
 from ninepd.export.qid import QidMap
 from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
@@ -44,23 +39,24 @@ class Tree:
 
     def __init__(
         self,
-        root: str,
+        root: int,
+        host: Host,
         *,
         budget: int = sys.maxsize,
         by_handle: bool = False,
         multidevs: Multidevs = Multidevs.REMAP,
     ) -> None:
-        """Hold ``root``; raises OSError if it is missing, no directory, or may not be searched.
+        """Take over ``root``, an O_PATH descriptor of a directory.
 
         ``budget`` is how many descriptors may be open for fids. ``by_handle``: what is put aside
         is found again by file handle, which needs CAP_DAC_READ_SEARCH.
         """
-        fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        stat = syscalls.stat(fd)
+        self.host = host
+        stat = host.stat(root)
         self.handles = HandleTable(Budget(budget), by_handle, multidevs)
         self.qids = QidMap(stat, one_device=multidevs is not Multidevs.REMAP)
         self._forbids = multidevs is Multidevs.FORBID
-        self.root = self.handles.adopt(fd, stat)
+        self.root = self.handles.adopt(root, stat)
         self.root.pins = 1
 
     def close(self) -> None:
@@ -81,7 +77,7 @@ class Tree:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory")
             return self._itself(directory)
         check_name(name)
-        found = syscalls.walk(directory.fd, name)
+        found = self.host.walk(directory.fd, name)
         if found is None:
             return None
         fd, stat = found
@@ -101,50 +97,49 @@ class Tree:
         """
         if directory is self.root:
             return self._itself(directory)
-        parent = self._adopt_below_root(syscalls.open_parent(directory.fd))
+        parent = self._adopt_below_root(self.host.parent(directory.fd))
         try:
             return self._itself(parent)
         finally:
             self.handles.release(parent)
 
     def _itself(self, directory: Handle) -> tuple[Handle, Stat]:
-        stat = syscalls.stat(directory.fd)
+        stat = self.host.stat(directory.fd)
         return self.handles.share(directory), stat
 
     def _adopt_below_root(self, fd: int) -> Handle:
         """A handle on a directory that was not found by a scoped look-up; ENOENT if outside."""
         try:
-            stat = syscalls.stat(fd)
+            stat = self.host.stat(fd)
             if not self._below_root(fd, stat):
                 raise FileNotFoundError(errno.ENOENT, "the directory is not in the export")
         except OSError:
-            os.close(fd)
+            self.host.close(fd)
             raise
         return self.handles.adopt(fd, stat)
 
     def _below_root(self, fd: int, stat: Stat) -> bool:
-        climber = os.dup(fd)
+        climber = self.host.duplicate(fd)
         try:
             while not self.root.holds(stat):
-                above = syscalls.open_parent(climber)
-                os.close(climber)
+                above = self.host.parent(climber)
+                self.host.close(climber)
                 climber = above
-                up = syscalls.stat(climber)
+                up = self.host.stat(climber)
                 if is_same_inode(up, stat):  # "/" is its own parent
                     return False
                 stat = up
             return True
         finally:
-            os.close(climber)
+            self.host.close(climber)
 
-    @staticmethod
-    def stat(handle: Handle) -> Stat:
+    def stat(self, handle: Handle) -> Stat:
         """Attributes of what a handle holds, as they are now."""
-        return syscalls.stat(handle.fd)
+        return self.host.stat(handle.fd)
 
     def qid(self, handle: Handle) -> Qid:
         """The qid of what a handle holds, as it is now."""
-        return self.qids.qid(syscalls.stat_at(handle.fd, b""))
+        return self.qids.qid(self.host.stat_at(handle.fd, b""))
 
     def shows(self, stat: Stat) -> bool:
         """May a directory list this file? With multidevs=forbid only what a walk would find."""
@@ -157,16 +152,29 @@ class Tree:
         It is used only if it leads, inside the export, to the file itself. The directory's
         reference is the caller's.
         """
-        directory, _, name = os.readlink(os.fsencode(handle.path)).rpartition(b"/")
+        root = self.host.name_of(self.root.fd).rstrip(b"/") + b"/"
+        directory, _, name = self.host.name_of(handle.fd).rpartition(b"/")
+        directory += b"/"
+        if not directory.startswith(root):
+            raise OSError(errno.ESTALE, "the file has no name in the export")
         try:
-            fd = os.open(directory or b"/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            parent = self._adopt_below_root(fd)
+            parent = self._directory_below(directory[len(root) :])
         except OSError:
             raise OSError(errno.ESTALE, "the file has no name in the export") from None
         if not self.handles.is_at(handle, parent, name):
             self.handles.release(parent)
             raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
         return parent, name
+
+    def _directory_below(self, path: bytes) -> Handle:
+        flags = os.O_PATH | os.O_DIRECTORY
+        fd = self.host.open_below(self.root.fd, path or b".", flags)
+        try:
+            stat = self.host.stat(fd)
+        except OSError:
+            self.host.close(fd)
+            raise
+        return self.handles.adopt(fd, stat)
 
     # Opening
 
@@ -188,36 +196,18 @@ class Tree:
             raise OSError(errno.ELOOP, "a symbolic link cannot be opened")
         if handle.kind not in {st.S_IFREG, st.S_IFDIR}:
             raise OSError(errno.ENXIO, "special files are not opened on the host")
-        flags |= os.O_CLOEXEC | os.O_NOCTTY
-        try:
-            return self._open_held(handle, flags, wait)
-        except PermissionError:
-            if not flags & os.O_NOATIME:
-                raise
-            # O_NOATIME is for owners only (open(2)); QEMU drops it too where it is not allowed.
-            return self._open_held(handle, flags & ~os.O_NOATIME, wait)
-
-    @staticmethod
-    def _open_held(handle: Handle, flags: int, wait: bool) -> int:
         if handle.is_directory:
-            return syscalls.open_scoped(handle.fd, b".", flags | os.O_DIRECTORY)
-        if wait:
-            return os.open(handle.path, flags)
-        # A lease would keep us waiting without O_NONBLOCK; afterwards the flag must not linger,
-        # because FUSE servers see it.
-        fd = os.open(handle.path, flags | os.O_NONBLOCK)
-        os.set_blocking(fd, True)
-        return fd
+            flags |= os.O_DIRECTORY
+        return self.host.open(handle.fd, flags, wait)
 
     def adopt_created(
         self, fd: int, flags: int, directory: Handle, name: bytes
     ) -> tuple[Handle, Stat, Opened]:
         """The handle of a file that was just created and is open as ``fd``, which is taken over."""
         try:
-            stat = syscalls.stat(fd)
-            path_fd = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
-            handle = self.handles.adopt(path_fd, stat, (directory, name))
+            stat = self.host.stat(fd)
+            handle = self.handles.adopt(self.host.hold(fd), stat, (directory, name))
         except OSError:
-            os.close(fd)
+            self.host.close(fd)
             raise
         return handle, stat, Opened(handle, fd, flags, self.reopen)

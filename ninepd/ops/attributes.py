@@ -6,8 +6,8 @@ import stat as st
 from collections.abc import Callable
 from functools import partial
 
-from ninepd import syscalls
 from ninepd.export.handles import Handle, Opened
+from ninepd.export.host import Host
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Encoded, Later, Payload, Reply
@@ -21,9 +21,9 @@ from ninepd.p9.messages import (
     Tsetattr,
     Tstatfs,
 )
-from ninepd.syscalls import NO_ID, UTIME_NOW, UTIME_OMIT
+from ninepd.syscalls import GETATTR_BODY, NO_ID, UTIME_NOW, UTIME_OMIT
 
-_ENCODED = Encoded(NUMBERS[Rgetattr], syscalls.GETATTR_BODY)
+_ENCODED = Encoded(NUMBERS[Rgetattr], GETATTR_BODY)
 _KNOWN = 0x1FF
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
@@ -32,10 +32,10 @@ _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
 def getattr(guest: Guest, _message: Tgetattr, payload: Payload, fid: Fid) -> Reply:  # noqa: A001
     """All attributes, whatever was asked for: one statx(2) brings them anyway."""
     handle = fid.held()
-    qids = guest.tree.qids
-    if not syscalls.getattr_body(handle.fd, qids.devices, handle.generation, payload.body):
+    host, qids = guest.host, guest.tree.qids
+    if not host.getattr_body(handle.fd, qids.devices, handle.generation, payload.body):
         path = qids.path(guest.tree.stat(handle))
-        syscalls.getattr_body_as(handle.fd, path, handle.generation, payload.body)
+        host.getattr_body_as(handle.fd, path, handle.generation, payload.body)
     return _ENCODED
 
 
@@ -72,54 +72,55 @@ def setattr(guest: Guest, message: Tsetattr, _payload: Payload, fid: Fid) -> Rep
     )
     if valid & SetattrValid.SIZE and message.size >> 63:
         raise OSError(errno.EINVAL, "no file can be that large")
-    rest = partial(_change, message, handle, atime, mtime)
+    rest = partial(_change, guest.host, message, handle, atime, mtime)
     if valid & SetattrValid.SIZE:
         try:
             _truncate(guest, fid, message.size)
         except (
             BlockingIOError
         ):  # a host process holds a lease (fcntl(2)), which is being called back
-            return Later(lambda _payload: _truncate_and(rest, handle, message.size))
+            return Later(lambda _payload: _truncate_and(guest.host, rest, handle, message.size))
     return rest()
 
 
 def _truncate(guest: Guest, fid: Fid, size: int) -> None:
     """BlockingIOError if that would have to wait for a lease."""
+    host = guest.host
     # The guest's own descriptor, if it can write: it may where the mode no longer allows it.
     if isinstance(fid.opened, Opened) and fid.opened.writable:
-        os.ftruncate(fid.opened.fd, size)
+        host.ftruncate(fid.opened.fd, size)
     elif fid.handle.kind == st.S_IFREG:
         fd = guest.tree.reopen(fid.handle, os.O_WRONLY)
         try:
-            os.ftruncate(fd, size)
+            host.ftruncate(fd, size)
         finally:
-            os.close(fd)
+            host.close(fd)
     else:
-        os.truncate(fid.handle.path, size)  # the kernel's own refusal
+        host.truncate(fid.handle.fd, size)  # the kernel's own refusal
 
 
-def _truncate_and(rest: Callable[[], Reply], handle: Handle, size: int) -> Reply:
-    os.truncate(handle.path, size)
+def _truncate_and(host: Host, rest: Callable[[], Reply], handle: Handle, size: int) -> Reply:
+    host.truncate(handle.fd, size)
     return rest()
 
 
 def _change(
-    message: Tsetattr, handle: Handle, atime: tuple[int, int], mtime: tuple[int, int]
+    host: Host, message: Tsetattr, handle: Handle, atime: tuple[int, int], mtime: tuple[int, int]
 ) -> Reply:
     valid = message.valid
     if valid & _OWNER:
         uid = message.uid if valid & SetattrValid.UID else NO_ID
         gid = message.gid if valid & SetattrValid.GID else NO_ID
-        syscalls.chown(handle.fd, uid, gid)
+        host.chown(handle.fd, uid, gid)
     if valid & SetattrValid.MODE:
-        os.chmod(handle.path, st.S_IMODE(message.mode))
+        host.chmod(handle.fd, st.S_IMODE(message.mode))
     if valid & _TIMES:
-        syscalls.utimens(handle.fd, atime, mtime)
+        host.utimens(handle.fd, atime, mtime)
     elif valid == SetattrValid.CTIME:
-        syscalls.chown(handle.fd, NO_ID, NO_ID)
+        host.chown(handle.fd, NO_ID, NO_ID)
     return Rsetattr()
 
 
-def statfs(_guest: Guest, _message: Tstatfs, _payload: Payload, fid: Fid) -> Reply:
+def statfs(guest: Guest, _message: Tstatfs, _payload: Payload, fid: Fid) -> Reply:
     """Of the file system that the fid's own file lies on, also below a mount."""
-    return Rstatfs._make(syscalls.fstatfs(fid.held().fd))
+    return Rstatfs._make(guest.host.statfs(fid.held().fd))

@@ -10,8 +10,8 @@ import stat as st
 from functools import partial
 from typing import Final
 
-from ninepd import syscalls
 from ninepd.export.handles import Opened
+from ninepd.export.host import Host
 from ninepd.export.tree import check_name
 from ninepd.ops import xattrs
 from ninepd.ops.fid import Fid, XattrValue, XattrWriter
@@ -64,7 +64,7 @@ def is_for_change(flags: int) -> bool:
     return bool(flags & (OpenFlag.WRONLY | OpenFlag.RDWR | OpenFlag.TRUNC | OpenFlag.APPEND))
 
 
-def host_flags(guest: Guest, flags: int) -> int:
+def host_flags(flags: int) -> int:
     """Translate Tlopen flags; EINVAL without a valid access mode."""
     if flags & OpenFlag.NOACCESS == OpenFlag.NOACCESS:
         raise OSError(errno.EINVAL, "an open needs an access mode")
@@ -72,15 +72,13 @@ def host_flags(guest: Guest, flags: int) -> int:
     for guest_flag, host_flag in _HOST_FLAGS.items():
         if flags & guest_flag:
             host |= host_flag
-    if guest.policy.readonly:
-        host |= os.O_NOATIME
     return host
 
 
 def lopen(guest: Guest, message: Tlopen, _payload: Payload, fid: Fid) -> Reply:
     """Open the fid; a failed open leaves it as it was."""
     fid.check_unopened()
-    flags = host_flags(guest, message.flags)
+    flags = host_flags(message.flags)
     is_directory = fid.handle.is_directory
     if is_directory and flags & (os.O_ACCMODE | os.O_TRUNC | os.O_APPEND):
         raise IsADirectoryError(errno.EISDIR, "a directory is only opened for reading")
@@ -105,12 +103,12 @@ def lcreate(guest: Guest, message: Tlcreate, _payload: Payload, fid: Fid) -> Rep
     fid.check_unopened()
     directory = fid.directory()
     check_name(message.name)
-    flags = host_flags(guest, message.flags)
+    flags = host_flags(message.flags)
     tree = guest.tree
-    uid, gid = guest.model.identity(fid.uid, message.gid)
+    mode = st.S_IMODE(message.mode)
     tree.handles.budget.check(2)
     try:
-        fd = syscalls.create(directory.fd, message.name, flags, st.S_IMODE(message.mode), uid, gid)
+        fd = guest.host.create(directory.fd, message.name, flags, mode, fid.uid, message.gid)
     except FileExistsError:
         if message.flags & OpenFlag.EXCL:
             raise
@@ -210,7 +208,7 @@ def readdir(guest: Guest, message: Treaddir, payload: Payload, fid: Fid) -> Repl
     tree = guest.tree
     at_root = fid.handle is tree.root
     try:
-        data = syscalls.readdir(directory.fd, offset, at_root, tree.qids.devices, size)
+        data = guest.host.readdir(directory.fd, offset, at_root, tree.qids.devices, size)
     except OSError as error:
         if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
             data = b""
@@ -226,12 +224,12 @@ def _readdir_slowly(guest: Guest, fid: Fid, fd: int, offset: int, size: int) -> 
     """One run that meets files without a number in the table that C reads."""
     tree = guest.tree
     out = bytearray()
-    while not out and (listed := syscalls.getdents(fd, offset)):
+    while not out and (listed := guest.host.getdents(fd, offset)):
         for position, name in listed:
             itself = name == b".." and fid.handle is tree.root
             offset = position
             try:
-                stat = syscalls.stat_at(fd, b"" if itself else name)
+                stat = guest.host.stat_at(fd, b"" if itself else name)
             except OSError:  # gone meanwhile, or not to be looked at
                 continue
             if not tree.shows(stat):
@@ -247,17 +245,17 @@ def _readdir_slowly(guest: Guest, fid: Fid, fd: int, offset: int, size: int) -> 
     return bytes(out)
 
 
-def fsync(_guest: Guest, message: Tfsync, payload: Payload, fid: Fid) -> Reply:
+def fsync(guest: Guest, message: Tfsync, payload: Payload, fid: Fid) -> Reply:
     """On a worker, unless the file is in memory only. Directories too."""
-    flush = partial(_flush, fid.open_object(), bool(message.datasync))
+    flush = partial(_flush, guest.host, fid.open_object(), bool(message.datasync))
     return flush(payload) if fid.handle.in_memory else Later(flush)
 
 
-def _flush(file: Opened, data_only: bool, _payload: Payload) -> Reply:
+def _flush(host: Host, file: Opened, data_only: bool, _payload: Payload) -> Reply:
     if data_only:
-        os.fdatasync(file.fd)
+        host.fdatasync(file.fd)
     else:
-        os.fsync(file.fd)
+        host.fsync(file.fd)
     return Rfsync()
 
 

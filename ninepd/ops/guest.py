@@ -10,13 +10,11 @@ everything on remote ones (jobs.py).
 import errno
 import logging
 import threading
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 from ninepd.export.descriptors import Holder, on_worker
 from ninepd.export.handles import Handle, Opened, Place
-from ninepd.export.security import SecurityModel
 from ninepd.export.tree import Tree
 from ninepd.ops.fid import Fid
 from ninepd.ops.locks import LockTable
@@ -28,22 +26,13 @@ log = logging.getLogger(__name__)
 MAX_XATTR_FIDS: Final = 1024
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What the user chose for an export."""
-
-    model: SecurityModel
-    readonly: bool
-    msize_max: int
-
-
 class Guest:
     """One guest's fids, locks, values of extended attributes, and session on an export."""
 
-    def __init__(self, tree: Tree, policy: Policy) -> None:
+    def __init__(self, tree: Tree, msize_max: int) -> None:
         self.tree = tree
-        self.policy = policy
-        self.model = policy.model
+        self.host = tree.host
+        self._msize_max = msize_max
         self.session: Session[Fid] = Session()
         self.locks = LockTable(tree)
         self.xattr_fids = 0
@@ -54,7 +43,7 @@ class Guest:
 
     def version(self, request: Tversion, msize_limit: int) -> Rversion:
         """Begin the session; EMSGSIZE for an impossible msize."""
-        return self.session.negotiate(request, min(self.policy.msize_max, msize_limit))
+        return self.session.negotiate(request, min(self._msize_max, msize_limit))
 
     def end(self) -> None:
         """Drop the session as if the client had clunked everything, without committing xattrs."""
@@ -171,14 +160,14 @@ class Guest:
 class Service:
     """An export, and whatever session a guest has with it now."""
 
-    def __init__(self, tree: Tree, policy: Policy) -> None:
+    def __init__(self, tree: Tree, msize_max: int) -> None:
         self._tree = tree
-        self._policy = policy
-        self.guest = Guest(tree, policy)
+        self._msize_max = msize_max
+        self.guest = Guest(tree, msize_max)
 
     def restart(self) -> None:
         """The session is over, and a new one may begin."""
-        old, self.guest = self.guest, Guest(self._tree, self._policy)
+        old, self.guest = self.guest, Guest(self._tree, self._msize_max)
         if self._tree.handles.volumes.remote:
             # Closing files may take as long as their storage takes.
             threading.Thread(target=old.end, name="ninepd farewell", daemon=True).start()
@@ -188,4 +177,4 @@ class Service:
     def abandon(self) -> None:
         """As restart, but a thread that will not come back may be using anything of the old one."""
         self._tree.handles.budget.freeze()
-        self.guest = Guest(self._tree, self._policy)
+        self.guest = Guest(self._tree, self._msize_max)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from ninepd import syscalls
 from ninepd.export.handles import Handle, Opened
+from ninepd.export.host import Host
 from ninepd.export.tree import check_name
 from ninepd.ops import attributes, files, names
 from ninepd.ops.fid import Fid
@@ -144,9 +144,9 @@ def _host_mode(mode: int) -> int:
     return host
 
 
-def _extension(handle_fd: int, host: os.stat_result) -> bytes:
+def _extension(guest: Guest, fd: int, host: os.stat_result) -> bytes:
     if st.S_ISLNK(host.st_mode):
-        return os.readlink(b"", dir_fd=handle_fd)
+        return guest.host.readlink(fd)
     if st.S_ISBLK(host.st_mode) or st.S_ISCHR(host.st_mode):
         kind = "b" if st.S_ISBLK(host.st_mode) else "c"
         return f"{kind} {os.major(host.st_rdev)} {os.minor(host.st_rdev)}".encode()
@@ -156,14 +156,14 @@ def _extension(handle_fd: int, host: os.stat_result) -> bytes:
 
 
 def _describe(guest: Guest, fd: int, name: bytes) -> bytes:
-    host = os.fstat(fd)
+    host = guest.host.attributes(fd)
     mode = int(_KINDS.get(st.S_IFMT(host.st_mode), 0)) | host.st_mode & 0o777
     for bit, flag in _SPECIAL_BITS.items():
         if host.st_mode & bit:
             mode |= flag
     uid, gid = str(host.st_uid).encode(), str(host.st_gid).encode()
     stat = Stat(
-        qid=guest.tree.qids.qid(syscalls.stat_at(fd, b"")),
+        qid=guest.tree.qids.qid(guest.host.stat_at(fd, b"")),
         mode=mode,
         atime=int(host.st_atime) & UNTOUCHED_32,
         mtime=int(host.st_mtime) & UNTOUCHED_32,
@@ -172,7 +172,7 @@ def _describe(guest: Guest, fd: int, name: bytes) -> bytes:
         uid=uid,
         gid=gid,
         muid=uid,
-        extension=_extension(fd, host),
+        extension=_extension(guest, fd, host),
         n_uid=host.st_uid,
         n_gid=host.st_gid,
         n_muid=host.st_uid,
@@ -198,7 +198,7 @@ def wstat(guest: Guest, message: Twstat, payload: Payload, fid: Fid) -> Reply:
     if change is None and not new.name:
         if fid.opened is None:
             return Rwstat()
-        return Later(partial(_flush, fid.open_object()))
+        return Later(partial(_flush, guest.host, fid.open_object()))
     rest = partial(_rename, guest, fid, new.name)
     if change is not None:
         changed = attributes.setattr(guest, change, payload, fid)
@@ -218,8 +218,8 @@ def _wait_and(first: Later, rest: Callable[[], Reply], payload: Payload) -> Repl
     return rest()
 
 
-def _flush(file: Opened, _payload: Payload) -> Reply:
-    os.fsync(file.fd)
+def _flush(host: Host, file: Opened, _payload: Payload) -> Reply:
+    host.fsync(file.fd)
     return Rwstat()
 
 
@@ -268,7 +268,7 @@ def _read_directory(guest: Guest, directory: Opened, message: Tread, payload: Pa
     room = min(message.nbytes, payload.room, files.READDIR_MAX)
     out = bytearray()
     fd = directory.fd
-    while entries := syscalls.getdents(fd, position):
+    while entries := guest.host.getdents(fd, position):
         for after, name in entries:
             if name not in {b".", b".."}:
                 record = _entry(guest, fd, name)
@@ -283,7 +283,7 @@ def _read_directory(guest: Guest, directory: Opened, message: Tread, payload: Pa
 
 def _entry(guest: Guest, directory_fd: int, name: bytes) -> bytes:
     """The stat structure of one entry; nothing if it has gone meanwhile, or may not be shown."""
-    found = syscalls.walk(directory_fd, name)
+    found = guest.host.walk(directory_fd, name)
     if found is None:
         return b""
     fd, stat = found
@@ -292,7 +292,7 @@ def _entry(guest: Guest, directory_fd: int, name: bytes) -> bytes:
     except FileNotFoundError:  # a file system in user space may say so of what it showed before
         return b""
     finally:
-        os.close(fd)
+        guest.host.close(fd)
 
 
 def _entries(

@@ -6,12 +6,10 @@ true: else ESTALE, never another file.
 """
 
 import errno
-import os
 import stat as st
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ninepd import syscalls
 from ninepd.export.handles import Handle, Place
 from ninepd.export.tree import check_name
 from ninepd.ops.fid import Fid
@@ -42,15 +40,15 @@ from ninepd.p9.messages import (
 
 
 def _new_qid(guest: Guest, directory: Handle, name: bytes) -> Qid:
-    return guest.tree.qids.qid(syscalls.stat_at(directory.fd, name))
+    return guest.tree.qids.qid(guest.host.stat_at(directory.fd, name))
 
 
 def mkdir(guest: Guest, message: Tmkdir, _payload: Payload, fid: Fid) -> Reply:
     """Make a directory, owned by the fid's user and the message's group."""
     parent = fid.directory()
     check_name(message.name)
-    uid, gid = guest.model.identity(fid.uid, message.gid)
-    syscalls.mkdir(parent.fd, message.name, st.S_IMODE(message.mode), uid, gid)
+    mode = st.S_IMODE(message.mode)
+    guest.host.mkdir(parent.fd, message.name, mode, fid.uid, message.gid)
     return Rmkdir(_new_qid(guest, parent, message.name))
 
 
@@ -60,8 +58,7 @@ def symlink(guest: Guest, message: Tsymlink, _payload: Payload, fid: Fid) -> Rep
     check_name(message.name)
     if 0 in message.target:
         raise OSError(errno.EINVAL, "a link's target must not contain a NUL byte")
-    uid, gid = guest.model.identity(fid.uid, message.gid)
-    syscalls.symlink(message.target, parent.fd, message.name, uid, gid)
+    guest.host.symlink(message.target, parent.fd, message.name, fid.uid, message.gid)
     return Rsymlink(_new_qid(guest, parent, message.name))
 
 
@@ -69,32 +66,31 @@ def mknod(guest: Guest, message: Tmknod, _payload: Payload, fid: Fid) -> Reply:
     """Make a file of any kind but directory and link; the host never opens special ones."""
     parent = fid.directory()
     check_name(message.name)
-    uid, gid = guest.model.identity(fid.uid, message.gid)
-    syscalls.mknod(
+    guest.host.mknod(
         parent.fd,
         message.name,
         message.mode & (st.S_IFMT(0o170000) | 0o7777),
         message.major,
         message.minor,
-        uid,
-        gid,
+        fid.uid,
+        message.gid,
     )
     return Rmknod(_new_qid(guest, parent, message.name))
 
 
-def readlink(_guest: Guest, _message: Treadlink, _payload: Payload, fid: Fid) -> Reply:
+def readlink(guest: Guest, _message: Treadlink, _payload: Payload, fid: Fid) -> Reply:
     """Target of a symbolic link, byte for byte."""
     handle = fid.held()
     if not handle.is_symlink:
         raise OSError(errno.EINVAL, "the fid is no symbolic link")
-    return Rreadlink(os.readlink(b"", dir_fd=handle.fd))
+    return Rreadlink(guest.host.readlink(handle.fd))
 
 
-def link(_guest: Guest, message: Tlink, _payload: Payload, into: Fid, fid: Fid) -> Reply:
+def link(guest: Guest, message: Tlink, _payload: Payload, into: Fid, fid: Fid) -> Reply:
     """Another name for what ``fid`` holds, a symbolic link itself included."""
     parent, source = into.directory(), fid.held()
     check_name(message.name)
-    os.link(source.path, message.name, dst_dir_fd=parent.fd, follow_symlinks=True)
+    guest.host.link(source.fd, parent.fd, message.name)
     return Rlink()
 
 
@@ -113,7 +109,7 @@ def _rename(guest: Guest, old: Place, new: Place) -> None:
     try:
         replaced = handles.before_change(*new)
         try:
-            os.rename(old[1], new[1], src_dir_fd=old[0].fd, dst_dir_fd=new[0].fd)
+            guest.host.rename(old[0].fd, old[1], new[0].fd, new[1])
             if held is not None:
                 handles.moved(held, old, new)
         finally:
@@ -180,9 +176,9 @@ def _remove_name(guest: Guest, directory: Handle, name: bytes, is_directory: boo
     held = handles.before_change(directory, name)
     try:
         if is_directory:
-            os.rmdir(name, dir_fd=directory.fd)
+            guest.host.rmdir(directory.fd, name)
         else:
-            os.unlink(name, dir_fd=directory.fd)
+            guest.host.unlink(directory.fd, name)
     finally:
         handles.after_change(held)
 

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 from mypy_extensions import i32
 
 from ninepd.export.handles import Opened
+from ninepd.export.readonly import refuse
 from ninepd.ops import attributes, files, legacy, names, walking, xattrs
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
@@ -79,10 +80,10 @@ class Row:
         for fid in fids:
             if fid.doomed:
                 raise FileNotFoundError(errno.ENOENT, "the fid was clunked meanwhile")
-        if guest.policy.readonly and self.changes(message):
+        if guest.host.readonly and self.changes(message):
             if self.clunks:
                 guest.retire(guest.remove(message.fid, fids[0]))
-            raise OSError(errno.EROFS, "the export is read-only")
+            refuse()
         handler = self.handler
         assert handler is not None  # noqa: S101 - of those that the pipeline gives to us
         if self._count == 1:

@@ -134,7 +134,7 @@ def clunk(guest: Guest, message: Tclunk, _payload: Payload, fid: Fid) -> Reply:
     guest.remove(message.fid, fid)
     try:
         if isinstance(fid.opened, XattrWriter):
-            commit(fid.handle, fid.opened)
+            commit(guest.host, fid.handle, fid.opened)
         elif fid.opened is not None:
             guest.close_file(fid)
     finally:

@@ -5,12 +5,10 @@ one. Through the magic link of the handle this reaches every kind of file, symbo
 """
 
 import errno
-import os
 from typing import Final
 
-from ninepd import syscalls
 from ninepd.export.handles import Handle
-from ninepd.export.security import ACLS
+from ninepd.export.host import ACLS, Host
 from ninepd.ops.fid import Fid, XattrValue, XattrWriter
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Payload, Reply
@@ -36,8 +34,7 @@ def _check_name(guest: Guest, name: bytes) -> None:
         raise OSError(errno.EINVAL, "no name for an extended attribute")
     if len(name) > NAME_MAX:
         raise OSError(errno.ERANGE, f"names of extended attributes have at most {NAME_MAX} bytes")
-    if not guest.model.allows_xattr(name):
-        raise OSError(errno.EOPNOTSUPP, "this security model does not serve that attribute")
+    guest.host.check_xattr(name)
 
 
 def xattrwalk(guest: Guest, message: Txattrwalk, _payload: Payload, fid: Fid) -> Reply:
@@ -46,13 +43,12 @@ def xattrwalk(guest: Guest, message: Txattrwalk, _payload: Payload, fid: Fid) ->
     guest.session.check_free(message.newfid)
     if message.name:
         _check_name(guest, message.name)
-        found = syscalls.getxattr(handle.fd, message.name)
+        found = guest.host.getxattr(handle.fd, message.name)
         if found is None:
             return guest.session.error(errno.ENODATA)
         value = found
     else:
-        names = map(os.fsencode, os.listxattr(handle.path))
-        value = b"".join([name + b"\0" for name in names if guest.model.allows_xattr(name)])
+        value = b"".join([name + b"\0" for name in guest.host.listxattr(handle.fd)])
     guest.check_xattr_room()
     reader = guest.add(message.newfid, guest.tree.handles.share(handle), fid.uid)
     reader.opened = XattrValue(value)
@@ -93,7 +89,7 @@ def write(writer: XattrWriter, message: Twrite, payload: Payload) -> Reply:
     return Rwrite(len(data))
 
 
-def commit(handle: Handle, writer: XattrWriter) -> None:
+def commit(host: Host, handle: Handle, writer: XattrWriter) -> None:
     """Set or remove the attribute: the result of the guest's setxattr or removexattr.
 
     Linux asks for a removal as size 0 with REPLACE, and for that of an ACL as size 0 alone
@@ -102,11 +98,11 @@ def commit(handle: Handle, writer: XattrWriter) -> None:
     acl = writer.name in ACLS
     if writer.size == 0 and (acl or writer.flags == XATTR_REPLACE):
         try:
-            os.removexattr(handle.path, writer.name)
+            host.removexattr(handle.fd, writer.name)
         except OSError as error:
             if not (acl and error.errno == errno.ENODATA):
                 raise
         return
     if len(writer.data) != writer.size:
         raise OSError(errno.EINVAL, "fewer bytes were written than announced")
-    os.setxattr(handle.path, writer.name, bytes(writer.data), writer.flags)
+    host.setxattr(handle.fd, writer.name, bytes(writer.data), writer.flags)
