@@ -75,6 +75,7 @@ typedef struct {
     bool event_idx, indirect;
     int kick, call, wake;
     uint32_t header_stride, reply_stride, batch;
+    np_watch *watch; /* may be NULL */
     uint8_t *headers, *replies;
     np_request *requests;
     np_done *done;
@@ -627,8 +628,10 @@ static int idle(np_vring *v, uint64_t max_ns) {
  * Whichever return comes next consumes a wake, so the caller looks for its cause after each.
  */
 static int np_vring_wait(np_vring *v, uint32_t spin_us_max) {
+    watch_rest(v->config.watch);
     if (v->broken[0] || (!something(v) && idle(v, 1000ull * spin_us_max) < 0))
         return -1;
+    watch_work(v->config.watch);
     if (atomic_load_explicit(&v->woken, memory_order_relaxed))
         atomic_exchange(&v->woken, false);
     return take_batch(v);

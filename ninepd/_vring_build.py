@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("_memory.c", "_vring.c", "_syscalls.c")
+SOURCES = ("_memory.c", "_watch.c", "_vring.c", "_syscalls.c")
 
 
 def interface(source: str) -> str:

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities
+from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities, privileged
 from ninepd.config import Config, Export, Multidevs, Reclaim
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
@@ -23,10 +23,13 @@ from ninepd.export.local import make_host
 from ninepd.export.tree import Tree
 from ninepd.listener import Listener
 from ninepd.ops.guest import Service
+from ninepd.syscalls import keep_capabilities
 
 log = logging.getLogger(__name__)
 
 _ACCEPT_PAUSE: Final = 1.0
+_FAREWELL_SECONDS: Final = 1.5
+"""How long the end of the process waits for requests that are out."""
 _PEER_CREDENTIALS: Final = 12
 """Bytes of struct ucred."""
 
@@ -51,6 +54,8 @@ class ExportServer:
         self._tree = _open_tree(export, budget)
         self._listener = Listener(export)
         self._connection: Connection | None = None
+        self._closing: list[asyncio.Future[None]] = []
+        """Of connections that have ended, or are about to."""
         self._served = False
 
     def start(self) -> None:
@@ -68,14 +73,19 @@ class ExportServer:
             return True
         return self._listener.listening and not (once and self._served)
 
-    def close(self) -> None:
-        """Answer what is in flight, part from the front end, remove the socket."""
+    async def close(self) -> None:
+        """Answer what is in flight, part from the front end, remove the socket.
+
+        Storage that does not answer is not waited for.
+        """
         self._loop.remove_reader(self._listener.socket)
         self._listener.close()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-        self._tree.close()
+            self._closing.append(connection.closed)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=_FAREWELL_SECONDS)
 
     def _accept(self) -> None:
         sock = self._listener.socket
@@ -110,6 +120,8 @@ class ExportServer:
     def _connection_left(self) -> None:
         if self._connection is not None:
             self._served |= self._connection.spoke
+            self._closing = [future for future in self._closing if not future.done()]
+            self._closing.append(self._connection.closed)
             self._connection = None
         self._left()
 
@@ -171,6 +183,8 @@ async def serve(config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     budget = budget_of(_raise_file_limit(), len(config.exports))
+    if privileged():
+        keep_capabilities()  # in all threads: they inherit it from this one
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
     servers: list[ExportServer] = []
 
@@ -187,5 +201,4 @@ async def serve(config: Config) -> None:
         await stop.wait()
         _notify("STOPPING=1")
     finally:
-        for server in servers:
-            server.close()
+        await asyncio.gather(*[server.close() for server in servers])

@@ -1,19 +1,26 @@
 """One virtio-9p device behind one vhost-user connection: applies what the session decided.
 
-Every message that could disturb the ring is applied while the ring is parked, and afterwards the
-ring runs again if it is wanted: one rule for all of them. Runs on the loop
-thread; the requests themselves are served by ``Pipeline`` on a thread of their own.
+A message that could disturb the ring is applied when the ring has come to rest, however long that
+takes: what a system call is just moving between a file and guest memory cannot be called back. The
+loop goes on meanwhile. Afterwards the ring runs again if it is wanted: one rule for all messages.
+
+    SERVING ---- disturbing message ----> PARKING ---- rested ----> PARKED
+       ^                                                              |
+       +------------ the ring is wanted, and sound -------------------+
+
+Runs on the loop thread; the requests themselves are served by ``Pipeline`` on threads of its own.
 """
 
 import logging
 import os
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Final
 
 from ninepd.errors import Refused, RingBroken
 from ninepd.ops.guest import Service
 from ninepd.ops.table import HEADER_LIMITS
-from ninepd.pipeline import GRACE_SECONDS, Pipeline
+from ninepd.pipeline import Pipeline
 from ninepd.vhostuser.messages import Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
     AddRegion,
@@ -28,25 +35,30 @@ from ninepd.vhostuser.session import (
     SetErr,
     SetKick,
     SetMemory,
+    Step,
     StopRing,
 )
 from ninepd.vhostuser.state import State
-from ninepd.vring import GuestMemory, Vring, signal_err
+from ninepd.vring import GuestMemory, Vring, Watch, signal_err
+from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
 
 _NONE: Final = -1
-_WAIT_FOR_REQUESTS: Final = frozenset(
-    {
-        Request.SET_OWNER,
-        Request.SET_MEM_TABLE,
-        Request.GET_VRING_BASE,
-        Request.SET_VRING_ENABLE,
-        Request.RESET_DEVICE,
-        Request.REM_MEM_REG,
-    }
-)
-"""After these the ring, or what it means, may be gone: requests that are out get time to end."""
+_GRACE_SECONDS: Final = 1.0
+_DRAINED: Final = frozenset({Request.GET_VRING_BASE, Request.SET_VRING_ENABLE})
+"""Before these the requests that are out get a moment to end, for a snapshot of the guest may be
+about to be taken. They stay out if they do not, and are answered when the ring goes on."""
+_WATCH_TICK_US: Final = 3000
+"""A request that holds up the ring for one to two of these makes way for the others."""
+
+
+class Parking(Enum):
+    """Where the ring stands; see above."""
+
+    SERVING = auto()
+    PARKING = auto()
+    PARKED = auto()
 
 
 def _layout(state: State) -> tuple[int, ...]:
@@ -76,89 +88,116 @@ class Device:
         # Each keeps its number when it is replaced, so that a ring can go on with it.
         self._kick = self._call = self._err = self._channel = _NONE
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._workers = Workers(f"{name} worker")
         self._pipeline: Pipeline | None = None
         self._layout: tuple[int, ...] = ()
-        self._running = False
+        self._moved = False
+        """Has guest memory changed since the ring was last located in it?"""
+        self._parking = Parking.PARKED
+        self._parked: Callable[[], None] | None = None
+        """What is to be done as soon as the ring rests."""
         self._position: int | None = None
         """Where the ring stood when it was parked, while its 9P session lives."""
-        self._stuck = False
-        """Does a thread that will not come back hold guest memory and the export?"""
 
-    def handle(self, message: Message) -> bytes | None:
-        """Apply one control message; returns the reply to send, if one is due."""
+    def handle(self, message: Message, answer: Callable[[bytes | None], None]) -> None:
+        """Apply one control message; then ``answer`` is called with the reply, if one is due.
+
+        Perhaps later: until then no other message may come, and this one keeps its descriptors.
+        """
         log.debug("%s: %s", self._name, message.name)
         if message.disturbs:
-            self._park(GRACE_SECONDS if message.header.request in _WAIT_FOR_REQUESTS else 0)
+            grace = _GRACE_SECONDS if message.header.request in _DRAINED else 0.0
+            self._park(grace, lambda: answer(self._perform(message)))
+        else:
+            answer(self._perform(message))
+
+    def close(self, answer: bool, closed: Callable[[], None]) -> None:
+        """Let everything go once the ring rests; then ``closed`` is called, perhaps later.
+
+        ``answer``: the guest is still there, and requests that are out get a moment to end. A
+        message that still waits gets no answer.
+        """
+        self._park(_GRACE_SECONDS if answer else 0.0, lambda: self._let_go(closed))
+
+    def _let_go(self, closed: Callable[[], None]) -> None:
+        self._end_session()
+        self._memory.close()
+        self._workers.close()
+        for fd in (self._kick, self._call, self._err, self._channel, self._wake):
+            if fd != _NONE:
+                os.close(fd)
+        closed()
+
+    def _perform(self, message: Message) -> bytes | None:
+        """Apply a message; if it disturbs the ring, that rests."""
         step = self._session.handle(message)
         try:
-            if message.disturbs and self._stuck:
-                raise Refused("this device is given up; restart ninepd when its storage answers")
             if step.effect is not None:
                 self._apply(step.effect)
         except (OSError, Refused) as error:
             step = self._session.refuse(step, str(error))
         if message.disturbs and self._session.state.runnable:
-            try:
-                self._run()
-            except (OSError, Refused, RingBroken) as error:
-                step = self._session.refuse(step, str(error))
-                self._break(str(error))
+            step = self._run_or_refuse(step)
         if step.refusal is not None:
             log.warning("%s: %s refused: %s", self._name, message.name, step.refusal)
         return step.reply
 
-    def close(self) -> None:
-        """Answer what is in flight, then let everything go."""
-        self._park()
-        self._forget_ring()
-        self._service.restart()
-        if not self._stuck:
-            self._memory.close()
-        for fd in (self._kick, self._call, self._err, self._channel, self._wake):
-            if fd != _NONE:
-                os.close(fd)
-
     # The ring
 
-    def _park(self, grace: float = GRACE_SECONDS) -> None:
-        """The ring stands still: nothing in it or in guest memory is touched from here on."""
+    def _park(self, grace: float, parked: Callable[[], None]) -> None:
+        """Call ``parked`` as soon as nothing in the ring or in guest memory is touched any more."""
         pipeline = self._pipeline
-        if not self._running or pipeline is None:
+        if self._parking is Parking.PARKED or pipeline is None:
+            parked()
             return
-        pipeline.stop(grace)
-        self._running = False
+        self._parked = parked
+        if self._parking is Parking.SERVING:
+            self._parking = Parking.PARKING
+            pipeline.pause(grace)
+
+    def _rested(self, pipeline: Pipeline) -> None:
+        """The ring came to rest: because it was told to, or because it broke."""
+        if pipeline is not self._pipeline:
+            return
+        self._parking = Parking.PARKED
         self._position = pipeline.next_avail
         self._session.parked_at(self._position)
-        if pipeline.stuck:
-            self._stuck = True
-            self._service.abandon()
         if pipeline.broken is not None:
             self._break(pipeline.broken)
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            parked()
 
-    def _park_if_broken(self) -> None:
-        if self._pipeline is not None and self._pipeline.broken is not None:
-            self._park()
-
-    def _run(self) -> None:
+    def _run_or_refuse(self, step: Step) -> Step:
         """Let the wanted ring go on, or start anew: then with a new 9P session as well."""
-        state = self._session.state
+        try:
+            self._run(self._session.state)
+        except (OSError, Refused, RingBroken) as error:
+            step = self._session.refuse(step, str(error))
+            self._break(str(error))
+        return step
+
+    def _run(self, state: State) -> None:
         layout = (*_layout(state), self._kick)
         if state.ring.base != self._position:
             # The guest has reset the device. At the same position it may have, too: then its
             # Tversion will end the session.
-            self._forget_ring()
-            self._service.restart()
+            self._end_session()
         elif self._layout != layout:
             self._forget_ring()
         if self._pipeline is None:
             self._pipeline = self._make_pipeline(state)
             self._layout = layout
-        self._pipeline.start(lambda: self._call_soon(self._park_if_broken))
-        self._running = True
+        elif self._moved:
+            self._pipeline.relocate(self._memory)
+        self._moved = False
+        self._pipeline.start()
+        self._parking = Parking.SERVING
 
     def _make_pipeline(self, state: State) -> Pipeline:
         ring = state.ring
         indirect = bool(state.features & VirtioFeature.INDIRECT_DESC)
+        watch = Watch(_WATCH_TICK_US)
         vring = Vring(
             self._memory,
             num=ring.num,
@@ -172,8 +211,20 @@ class Device:
             call=self._call,
             wake=self._wake,
             header_limits=HEADER_LIMITS,
+            watch=watch,
         )
-        return Pipeline(self._service, vring, ring.num, indirect, self._poll_us, self._name)
+        pipeline = Pipeline(
+            self._service,
+            vring,
+            watch,
+            self._workers,
+            num=ring.num,
+            indirect=indirect,
+            poll_us=self._poll_us,
+            name=self._name,
+        )
+        pipeline.on_rest = lambda: self._call_soon(lambda: self._rested(pipeline))
+        return pipeline
 
     def _forget_ring(self) -> None:
         """Its memory or its meaning is about to go. Requests that are still out get no answer."""
@@ -182,6 +233,14 @@ class Device:
             if pipeline.jobs:
                 log.warning("%s: %d requests were dropped", self._name, pipeline.jobs)
             pipeline.close()
+
+    def _end_session(self) -> None:
+        """The guest has gone, or begins anew."""
+        self._position = None
+        self._forget_ring()
+        end = self._service.renew().end
+        if not self._workers.start(end):
+            end()
 
     def _break(self, reason: str) -> None:
         log.error("%s: ring stopped until the guest resets it: %s", self._name, reason)
@@ -206,19 +265,19 @@ class Device:
                 except OSError:
                     memory.close()
                     raise
-                self._forget_ring()
-                self._memory.close()
-                self._memory = memory
+                old, self._memory = self._memory, memory
+                self._moved = True
+                old.close()
             case AddRegion(region, fd):
                 try:
                     self._memory.add(region.gpa, region.size, region.ua, region.offset, fd)
                 except FileExistsError:
-                    self._forget_ring()
                     self._memory.remove(region.gpa, region.size, region.ua)
                     self._memory.add(region.gpa, region.size, region.ua, region.offset, fd)
+                self._moved = True
             case RemoveRegion(region):
-                self._forget_ring()
                 self._memory.remove(region.gpa, region.size, region.ua)
+                self._moved = True
             case SetKick(kick):
                 self._kick = _replace(self._kick, kick)
             case SetCall(call):
@@ -239,17 +298,13 @@ class Device:
                 # It is parked. It keeps its descriptors: the same ring may go on with them.
                 pass
             case ResetSession():
-                self._position = None
-                self._forget_ring()
-                self._service.restart()
+                self._end_session()
                 self._memory.close()
                 self._kick = _replace(self._kick, None)
                 self._call = _replace(self._call, None)
                 self._err = _replace(self._err, None)
             case ResetDevice():
-                self._position = None
-                self._forget_ring()
-                self._service.restart()
+                self._end_session()
 
 
 def _replace(old: int, new: int | None) -> int:

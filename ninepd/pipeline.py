@@ -1,32 +1,39 @@
-"""The way of one request: from the available ring to the used ring, on the device thread.
+"""The way of one request: from the available ring to the used ring, on the thread that serves it.
 
     wait (C)      a batch of requests: chains checked, headers copied out of guest memory
     _request      header -> message; anything wrong with it -> the errno that the guest is told
-    handler       ops/, export/: the system calls; data moves between file and guest pages in C
+    row.serve     ops/: the system calls; data moves between file and guest pages in C
     _finish       reply -> bytes in the slot's reply buffer
     push (C)      replies scattered, used entries published, at most one notification
 
-A request that may block leaves the thread at ``_hand_over`` and comes back through ``_complete``
-(jobs.py). Each request is answered exactly once. A Tflush of a request that is out is answered
-right behind it, never before: the client frees the request's memory when it sees the Rflush
-(net/9p/client.c, p9_client_flush).
+A request that is known to wait leaves the thread at ``_hand_over`` and comes back through
+``_complete`` (jobs.py). One that turns out to wait keeps the thread, and loses the ring: the
+watcher makes a job of it, and another thread goes on with the batch.
+
+    _claim        holds the slot of the request that is being served. Whoever pops it decides what
+                  becomes of the request: the serving thread, when it has come back with the reply,
+                  or the watcher, when it has not. Popping from a list is atomic, and costs nothing.
+
+Each request is answered exactly once. A Tflush of a request that is out is answered right behind
+it, never before: the client frees the request's memory when it sees the Rflush (net/9p/client.c,
+p9_client_flush).
 """
 
 import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
-from ninepd import syscalls
-from ninepd.capabilities import privileged
+from mypy_extensions import i64
+
 from ninepd.errors import ProtocolError, RingBroken, to_errno
-from ninepd.export.descriptors import mark_worker
+from ninepd.export.handles import Handle
 from ninepd.jobs import Job, Jobs
 from ninepd.ops.fid import Fid
-from ninepd.ops.guest import Guest, Service
+from ninepd.ops.guest import Service
 from ninepd.ops.replies import Encoded, Later, Payload, Reply
 from ninepd.ops.table import ROWS, Row
 from ninepd.p9.codecs import FixedCodec
@@ -34,6 +41,7 @@ from ninepd.p9.messages import (
     CODEC_OF,
     HEADER_SIZE,
     IO_HEADER,
+    NUMBERS,
     RLERROR_SIZE,
     WITH_DATA,
     WRITE_HEADER,
@@ -42,65 +50,112 @@ from ninepd.p9.messages import (
     Rflush,
     Tattach,
     Tflush,
+    Tgetlock,
+    Tlock,
+    Tread,
+    Treaddir,
     Tversion,
+    Twrite,
 )
-from ninepd.payload import ChainPayload, PrivatePayload
-from ninepd.vring import DONE, REQUEST, Vring
+from ninepd.payload import Buffers, ChainPayload, PrivatePayload
+from ninepd.vring import DONE, REQUEST, GuestMemory, Vring, Watch
+from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
 trace = logging.getLogger("ninepd.trace")
 
-GRACE_SECONDS: Final = 1.0
-"""How long a ring that is told to stop waits for work that is out."""
 ERRORS: Final = frozenset({Rerror, RerrorPlain})
 """Errors in words, which are cut to what room there is. An Rlerror always fits."""
 _pack_done: Final = DONE.pack_into
 _DONE_SIZE: Final = int(DONE.size)
+_MOVES_DATA: Final = frozenset({Tread, Treaddir, Twrite})
+"""Messages whose handlers may touch guest memory."""
+_LOCKS: Final = frozenset({Tlock, Tgetlock})
 _SEGMENTS: Final = 1024
 """Descriptors in one indirect table, or in a chain of a ring that is larger."""
 _PAGE: Final = 4096
 
 
-class Pipeline:
-    """The request engine on one ring. All but ``start`` and ``stop`` runs on its own thread.
+class Turn:
+    """One thread's turn at the ring. If the turn was taken from it, ``job`` is its request."""
 
-    ``stop`` leaves the ring as it is, so that ``start`` may go on with it; what is still out then
-    is answered after that, or dropped with the pipeline.
+    __slots__ = ("job",)
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+
+
+class Pipeline:
+    """The request engine on one ring.
+
+    ``start``, ``pause``, ``relocate``, ``set_call`` and ``close`` are the loop's; all else runs on
+    whichever thread serves the ring, or where it says so. A pause leaves the ring as it is, so that
+    ``start`` may go on with it; what is out then is answered after that, or dropped by ``close``.
     """
 
     def __init__(
-        self, service: Service, vring: Vring, num: int, indirect: bool, poll_us: int, name: str
+        self,
+        service: Service,
+        vring: Vring,
+        watch: Watch,
+        workers: Workers,
+        *,
+        num: int,
+        indirect: bool,
+        poll_us: int,
+        name: str,
     ) -> None:
         self._service = service
         self._vring = vring
+        self._watch = watch
+        self._workers = workers
         self._poll_us = poll_us
         self._name = name
         self._header_stride = vring.header_stride
         self._reply_stride = vring.reply_stride
         self._replies = vring.replies
-        self._payloads = [ChainPayload(vring, head) for head in range(num)]
+        self._payloads: list[ChainPayload | None] = [None] * num
+        self._buffers = Buffers()
         segments = max(num, _SEGMENTS) if indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
         handles = service.guest.tree.handles
+        self._handles = handles
         self._budget = handles.budget
         self._volumes = handles.volumes
-        self._jobs = Jobs(name, num, _prepare_worker, vring.wake)
+        self._jobs = Jobs(name, workers, vring.wake)
         self._follow_session()
+        self._batch: Iterator[tuple[int, ...]] = iter(())
+        """What is left of it: the next to serve the ring goes on with that."""
         self._done = 0
-        self._device_thread: threading.Thread | None = None
         self._stopping = False
+        self._deadline = 0.0
+        """Until when a pause waits for requests that are out."""
+        self._watched = False
+        # The request that is being served; see _claim.
+        self._claim: list[int] = []
+        self._begun: i64 = 0
+        self._tag = 0
+        self._message: Any = None
+        self._fids: list[Fid] = []
+        self._turn = Turn()
+        self._lock = threading.Lock()
+        """Guards what follows, and a change of turn. No system call on the export under it."""
+        self._serving = False
+        self._touching = 0
+        """Threads that lost the ring and may still move data in guest memory."""
         self.broken: str | None = None
         """Why the ring can no longer be served, if so."""
-        self.stuck = False
-        """Did the thread not come back from a system call? Then it may still use anything."""
+        self.on_rest: Callable[[], None] = _nothing
+        """Called on some thread when nothing touches the ring or guest memory any more: after
+        ``pause``, or because the ring broke."""
 
-    # From the loop thread
+    # On the loop thread
 
     @property
     def next_avail(self) -> int:
-        """The available index that comes next; exact while the thread is stopped."""
+        """The available index that comes next; exact while the ring rests."""
         return self._vring.counters.last_avail
 
     @property
@@ -108,71 +163,151 @@ class Pipeline:
         """Requests that are out."""
         return len(self._jobs)
 
-    def start(self, on_broken: Callable[[], None]) -> None:
-        """Serve the ring until ``stop``. If it breaks, ``on_broken`` is called on its thread."""
+    def start(self) -> None:
+        """Serve the ring until ``pause``; OSError if there are no threads to be had.
+
+        One thread serves, one watches, and one is there to take over.
+        """
         self._follow_session()
         self._stopping = False
-        self._device_thread = threading.Thread(
-            target=self._run, args=(on_broken,), name=self._name, daemon=True
-        )
-        self._device_thread.start()
+        self._turn = turn = Turn()
+        self._serving = True
+        if not self._watched:
+            self._watched = self._workers.start(self._watch_over)
+        ready = self._watched and self._workers.reserve()
+        if not ready or not self._workers.start(partial(self._serve, turn)):
+            self._serving = False
+            raise OSError(errno.EAGAIN, "the limit of threads is reached; raise it (TasksMax=)")
+        self._workers.reserve()
 
-    def stop(self, grace: float) -> None:
-        """Return when nothing touches guest memory any more: taken requests answered, or parked.
+    def pause(self, grace: float) -> None:
+        """Bring the ring to rest, which ``on_rest`` tells: taken requests answered, or out.
 
-        ``grace`` is how many seconds to wait for requests that are out.
+        Those that are out get ``grace`` seconds to end.
         """
-        thread, self._device_thread = self._device_thread, None
-        if thread is None:
-            return
+        self._deadline = time.monotonic() + grace
         self._stopping = True
         self._vring.wake()
-        deadline = time.monotonic() + grace
-        thread.join(GRACE_SECONDS)
-        if thread.is_alive():
-            self.stuck = True
-            self.broken = "the storage does not answer"
-        while self._jobs and self.broken is None:
-            left = deadline - time.monotonic()
+
+    def relocate(self, memory: GuestMemory) -> None:
+        """Guest memory has changed, while the ring rests; RingBroken if the ring is not in it."""
+        self._vring.relocate(memory)
+
+    def set_call(self, fd: int) -> None:
+        """Notify the guest through another descriptor, or not at all (-1)."""
+        self._vring.set_call(fd)
+
+    def close(self) -> None:
+        """Forget what is out; the ring is gone. It must rest."""
+        self.on_rest = _nothing
+        self._watch.stop()
+        self._jobs.close()
+
+    # Taking turns
+
+    def _serve(self, turn: Turn) -> None:
+        """Serve the ring until it is to rest, or until the turn is taken away."""
+        try:
+            while self._serve_batch(turn):
+                if self._jobs.by_tag:
+                    for job in self._jobs.completed():
+                        self._complete(job)
+                self._publish()
+                if self._stopping:
+                    break
+                count = self._vring.wait(self._poll_us)
+                self._batch = REQUEST.iter_unpack(self._vring.batch[: count * REQUEST.size])
+            else:
+                return
+            self._drain()
+        except RingBroken as error:
+            self.broken = str(error)
+        except Exception as error:
+            log.exception("%s: a bug stopped this device", self._name)
+            self.broken = f"internal error: {error!r}"
+        self._watch.rest()
+        with self._lock:
+            self._serving = False
+        self._tell_rest()
+
+    def _serve_batch(self, turn: Turn) -> bool:
+        """Serve what is left of the batch; False if somebody else does that now."""
+        for entry in self._batch:
+            head, readable, writable, copied, fault, size, number, tag = entry
+            if not self._request(turn, head, readable, writable, copied, fault, size, number, tag):
+                return False
+        return True
+
+    def _drain(self) -> None:
+        """Answer what comes back before the deadline."""
+        while self._jobs:
+            left = self._deadline - time.monotonic()
             if left <= 0:
-                if grace:
-                    log.warning("%s: %d requests are still out", self._name, len(self._jobs))
                 break
             for job in self._jobs.completed(left):
                 self._complete(job)
             self._publish()
 
-    def set_call(self, fd: int) -> None:
-        """Notify the guest through another descriptor, or not at all (-1). While stopped only."""
-        self._vring.set_call(fd)
+    def _tell_rest(self) -> None:
+        """Tell, once, when the last one leaves; on whichever thread that is."""
+        with self._lock:
+            if self._serving or self._touching:
+                return
+        self.on_rest()
 
-    def close(self) -> None:
-        """Forget what is out; the ring is gone. Call ``stop`` first."""
-        self._jobs.close()
+    def _watch_over(self) -> None:
+        """On the watcher's thread, as long as there is the ring."""
+        begun: i64 = -1
+        while self._watch.wait():
+            if self._begun == begun:
+                self._take_over()
+            begun = self._begun
 
-    # On the device thread
+    def _take_over(self) -> None:
+        """The serving thread has been in one request for more than a tick: another one serves on.
 
-    def _run(self, on_broken: Callable[[], None]) -> None:
-        try:
-            _prepare_thread()
-            while not self._stopping:
-                count = self._vring.wait(self._poll_us)
-                for entry in REQUEST.iter_unpack(self._vring.batch[: count * REQUEST.size]):
-                    head, readable, writable, copied, fault, size, number, tag = entry
-                    self._request(head, readable, writable, copied, fault, size, number, tag)
-                    if self.stuck:
-                        return
-                if self._jobs.by_tag:
-                    for job in self._jobs.completed():
-                        self._complete(job)
-                self._publish()
-        except RingBroken as error:
-            self.broken = str(error)
-            on_broken()
-        except Exception as error:
-            log.exception("%s: a bug stopped this device", self._name)
-            self.broken = f"internal error: {error!r}"
-            on_broken()
+        Not if no thread can be had; then the next tick tries again.
+        """
+        if not self._workers.reserve():
+            return
+        with self._lock:
+            try:
+                head = self._claim.pop()
+            except IndexError:  # it has just come back, or is not in a request
+                return
+            message, payload = self._message, self._payload(head)
+            payload.uses = 1
+            job = self._job(head, self._tag, message, self._fids, payload, None)
+            job.moves_data = type(message) in _MOVES_DATA
+            self._touching += job.moves_data
+            self._jobs.adopt(job)
+            self._turn.job = job
+            self._turn = turn = Turn()
+        self._publish()
+        self._workers.start(partial(self._serve, turn))
+        log.debug("%s: tag %d takes long: %s", self._name, job.tag, message)
+
+    def _be_late(self, turn: Turn, reply: Reply) -> None:
+        """Back from a request, but somebody else serves the ring now: the request is a job."""
+        with self._lock:
+            job = turn.job
+        assert job is not None  # noqa: S101 - who took the claim has set it, under the lock
+        if isinstance(reply, Later):
+            slot = self._payload(job.head)
+            job.payload = self._private(slot, job.message)
+            self._leave_memory(job)
+            self._jobs.perform(job, reply.work)
+        else:
+            self._jobs.finish(job, reply)
+            self._leave_memory(job)
+
+    def _leave_memory(self, job: Job) -> None:
+        """A job that has lost the ring will not touch guest memory any more."""
+        if job.moves_data:
+            job.moves_data = False
+            with self._lock:
+                self._touching -= 1
+            self._tell_rest()
 
     def _publish(self) -> None:
         if self._done:
@@ -184,6 +319,14 @@ class Pipeline:
         _pack_done(self._vring.done, self._done * _DONE_SIZE, head, number, copy, used)
         self._done += 1
 
+    # Serving
+
+    def _payload(self, head: int) -> ChainPayload:
+        payload = self._payloads[head]
+        if payload is None:
+            payload = self._payloads[head] = ChainPayload(self._vring, head)
+        return payload
+
     def _follow_session(self) -> None:
         """Look up what each request needs to know of the session, which may be a new one."""
         self._guest = guest = self._service.guest
@@ -192,6 +335,7 @@ class Pipeline:
 
     def _request(
         self,
+        turn: Turn,
         head: int,
         readable: int,
         writable: int,
@@ -200,19 +344,23 @@ class Pipeline:
         size: int,
         number: int,
         tag: int,
-    ) -> None:
+    ) -> bool:
+        """Serve one request; False if the ring was lost over it."""
         if copied < HEADER_SIZE or writable < RLERROR_SIZE:
             log.info("%s: request dropped: no header, or no room for a reply", self._name)
             self._push(head, 0, 0, 0)
-            return
+            return True
         guest = self._guest
         jobs = self._jobs
         payload = self._payloads[head]
+        if payload is None:
+            payload = self._payload(head)
         payload.room = (self._msize if 0 < self._msize < writable else writable) - IO_HEADER
         payload.available = readable - WRITE_HEADER
+        payload.uses = 0
+        if self._budget.crowded:
+            self._budget.make_room()
         try:
-            if self._budget.crowded:
-                self._budget.make_room()
             row = self._rows.get(number)
             if row is None or fault or not self._is_sound(row, readable, writable, copied, size):
                 raise self._refusal(row, readable, writable, fault, size, number)
@@ -226,26 +374,44 @@ class Pipeline:
             if jobs.by_tag and jobs.find(tag) is not None:
                 raise ProtocolError(f"tag {tag} is in use")
             if row.handler is None:
-                self._session_message(guest, head, tag, message)
-                return
+                self._session_message(head, tag, message)
+                return True
             fids = row.resolve(guest.session, message)
-            if (jobs.by_tag or self._volumes.remote) and self._must_leave(
-                guest, row, message, fids
-            ):
-                self._hand_over(guest, head, tag, row, message, fids, None)
-                return
+            if (jobs.by_tag or self._volumes.remote) and self._must_leave(row, message, fids):
+                work = partial(row.serve, guest, message, fids=fids)
+                self._hand_over(head, tag, message, fids, work)
+                return True
+        except Exception as error:
+            self._finish(head, tag, self._error(tag, error))
+            return True
+        self._tag, self._message, self._fids = tag, message, fids
+        self._begun += 1
+        self._claim.append(head)
+        try:
             reply = row.serve(guest, message, payload, fids)
-            if isinstance(reply, Later):
-                self._hand_over(guest, head, tag, row, message, fids, reply.work)
-                return
-        except OSError as error:
-            reply = guest.session.error(to_errno(error))
+        except Exception as error:
+            reply = self._error(tag, error)
+        try:
+            self._claim.pop()
+        except IndexError:
+            self._be_late(turn, reply)
+            return False
+        if payload.pins:
+            self._handles.unpin(payload.pins)
+        if isinstance(reply, Later):
+            self._hand_over(head, tag, message, fids, reply.work)
+        else:
+            self._finish(head, tag, reply)
+        return True
+
+    def _error(self, tag: int, error: Exception) -> Reply:
+        """What the guest is told of an error; one that is no OSError is a bug of ours."""
+        if isinstance(error, OSError):
             if self._tracing:
                 trace.debug("%s: tag %d because: %s", self._name, tag, error)
-        except Exception:
-            log.exception("%s: a bug made this request fail: message type %d", self._name, number)
-            reply = guest.session.error(errno.EIO)
-        self._finish(head, tag, reply)
+            return self._guest.session.error(to_errno(error))
+        log.error("%s: a bug made a request fail", self._name, exc_info=error)
+        return self._guest.session.error(errno.EIO)
 
     def _is_sound(self, row: Row, readable: int, writable: int, copied: int, size: int) -> bool:
         """May a request be decoded? If not, ``_refusal`` says why."""
@@ -273,33 +439,59 @@ class Pipeline:
             return ProtocolError("no Tversion came before")
         return ProtocolError("the message is too long", errno.ENAMETOOLONG)
 
-    def _must_leave(self, guest: Guest, row: Row, message: Any, fids: list[Fid]) -> bool:
+    def _must_leave(self, row: Row, message: Any, fids: list[Fid]) -> bool:
         """Is it on storage that may hang, or does it have to wait for others that are?"""
-        if any(fid.handle.remote for fid in fids):
+        for fid in fids:
+            if fid.handle.remote:
+                return True
+        if row.message is Tattach and self._guest.tree.root.remote:
             return True
-        if row.message is Tattach and guest.tree.root.remote:
-            return True
-        return bool(self._jobs) and self._jobs.must_wait(fids, row.is_exclusive(message, fids))
+        exclusive = row.is_exclusive(message, fids)
+        return self._jobs.must_wait(message, fids, exclusive, _locks(message, fids))
+
+    # Requests that leave, and come back
 
     def _hand_over(
+        self, head: int, tag: int, message: Any, fids: list[Fid], work: Callable[[Payload], Reply]
+    ) -> None:
+        try:
+            private = self._private(self._payload(head), message)
+        except OSError as error:
+            self._finish(head, tag, self._error(tag, error))
+            return
+        self._jobs.add(self._job(head, tag, message, fids, private, work))
+
+    def _private(self, slot: ChainPayload, message: Any) -> PrivatePayload:
+        private = PrivatePayload(slot.room, self._buffers)
+        if type(message) is Twrite:
+            private.fill(slot, message.nbytes)
+        private.pins, slot.pins = slot.pins, []
+        private.uses = 1
+        return private
+
+    def _job(
         self,
-        guest: Guest,
         head: int,
         tag: int,
-        row: Row,
         message: Any,
         fids: list[Fid],
-        rest: Callable[[Payload], Reply] | None,
-    ) -> None:
-        """The whole request becomes a job, or the ``rest`` of it."""
-        payload = self._payloads[head]
-        data = payload.take(message.nbytes) if row.header_limit else b""
-        private = PrivatePayload(data, payload.room)
-        work = rest or (lambda payload: row.serve(guest, message, payload, fids))
-        exclusive = row.is_exclusive(message, fids)
-        self._jobs.add(Job(head, tag, guest, list(dict.fromkeys(fids)), private, work, exclusive))
+        payload: Payload,
+        work: Callable[[Payload], Reply] | None,
+    ) -> Job:
+        row = self._rows[NUMBERS[type(message)]]
+        return Job(
+            head,
+            tag,
+            self._guest,
+            message,
+            list(dict.fromkeys(fids)),
+            payload,
+            work,
+            bool(fids) and row.is_exclusive(message, fids),
+            _locks(message, fids),
+        )
 
-    def _session_message(self, guest: Guest, head: int, tag: int, message: Any) -> None:
+    def _session_message(self, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
             job = self._jobs.find(message.oldtag)
             if job is None:
@@ -307,27 +499,44 @@ class Pipeline:
             else:
                 self._jobs.follow(job, head, tag)
             return
-        work = partial(self._version, message)
+        job = self._job(head, tag, message, [], self._private(self._payload(head), message), None)
+        # A new session must not see replies of the old one.
+        job.last = partial(self._version, message)
         if self._jobs.by_tag:
-            # A new session must not see replies of the old one.
-            self._jobs.add(Job(head, tag, guest, [], PrivatePayload(b"", 0), None, False, work))
+            self._jobs.add(job)
         else:
-            self._finish(head, tag, work())
+            self._complete(job)
 
     def _version(self, message: Tversion) -> Reply:
+        """A new session; the old one ends before the answer, if no storage keeps it from that."""
+        old = self._service.renew()
+        reply: Reply
         try:
-            self._service.restart()
-            return self._service.guest.version(message, self._msize_limit)
+            reply = self._service.guest.version(message, self._msize_limit)
         except OSError as error:
-            return self._service.guest.session.error(to_errno(error))
-        finally:
-            self._follow_session()
+            reply = self._service.guest.session.error(to_errno(error))
+        self._follow_session()
+        if self._volumes.remote:
+            self._workers.start(old.end)
+            return reply
+        return Later(lambda _payload: _first(old.end, reply))
 
     def _complete(self, job: Job) -> None:
+        """Answer a job. The last of a session may have more to do."""
         if job.last is not None:
             job.reply = job.last()
-        job.payload.deliver(self._payloads[job.head])
-        self._finish(job.head, job.tag, job.reply)
+            if isinstance(job.reply, Later):
+                job.last, job.work = None, job.reply.work
+                self._jobs.add(job)
+                return
+        reply = job.reply
+        if isinstance(job.payload, PrivatePayload):
+            try:
+                job.payload.deliver(self._payload(job.head))
+            except OSError as error:
+                reply = self._error(job.tag, error)
+            job.payload.close()
+        self._finish(job.head, job.tag, reply)
         for head, tag in job.flushes:
             self._finish(head, tag, Rflush())
 
@@ -350,15 +559,23 @@ class Pipeline:
             return
         body = codec.encode(reply)
         size = HEADER_SIZE + len(body)
-        room = self._payloads[head].room + IO_HEADER
+        room = self._payload(head).room + IO_HEADER
         if size > room:
             self._finish_too_long(head, tag, reply, size - room)
         elif size <= self._reply_stride:
             self._replies[body_at : body_at + len(body)] = body
             self._push(head, codec.number, size, size)
         else:
+            self._finish_long(head, tag, codec.number, body)
+
+    def _finish_long(self, head: int, tag: int, number: int, body: bytes) -> None:
+        """The body of a reply that is longer than its buffer goes straight to the guest."""
+        try:
             self._vring.scatter(head, HEADER_SIZE, body)
-            self._push(head, codec.number, HEADER_SIZE, size)
+        except OSError as error:
+            self._finish(head, tag, self._error(tag, error))
+        else:
+            self._push(head, number, HEADER_SIZE, HEADER_SIZE + len(body))
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
         if type(reply) not in ERRORS:
@@ -369,11 +586,15 @@ class Pipeline:
             self._push(head, 0, 0, 0)
 
 
-def _prepare_thread() -> None:
-    if privileged():
-        syscalls.keep_capabilities()
+def _locks(message: Any, fids: list[Fid]) -> Handle | None:
+    """The inode whose locks it works on, which it must have to itself (ops/locks.py)."""
+    return fids[0].handle if type(message) in _LOCKS else None
 
 
-def _prepare_worker() -> None:
-    _prepare_thread()
-    mark_worker()
+def _first(before: Callable[[], None], reply: Reply) -> Reply:
+    before()
+    return reply
+
+
+def _nothing() -> None:
+    pass

@@ -300,5 +300,5 @@ def getxattr(fd: int, name: bytes) -> bytes | None:
 
 
 def keep_capabilities() -> None:
-    """Let the calling thread keep its capabilities while it creates files as another user."""
+    """Let the calling thread, and those it starts, keep capabilities while creating as others."""
     _checked(_lib.nd_keep_capabilities())

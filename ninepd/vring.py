@@ -79,6 +79,11 @@ class _Lib(Protocol):
         /,
     ) -> int: ...
     def np_signal(self, fd: int, /) -> None: ...
+    def np_watch_new(self, tick_us: int, /) -> "CData": ...
+    def np_watch_free(self, watch: "CData", /) -> None: ...
+    def np_watch_wait(self, watch: "CData", /) -> int: ...
+    def np_watch_rest(self, watch: "CData", /) -> None: ...
+    def np_watch_stop(self, watch: "CData", /) -> None: ...
 
 
 _module = import_module("ninepd._libvring")
@@ -121,6 +126,29 @@ class GuestMemory:
         _lib.np_memory_clear(self._memory)
 
 
+class Watch:
+    """Tells when the thread that serves a ring does not come back from a batch (_watch.c)."""
+
+    def __init__(self, tick_us: int) -> None:
+        """How long one batch may take before it is reported; to be given to the ring."""
+        self.watch = _ffi.gc(_lib.np_watch_new(tick_us), _lib.np_watch_free)
+
+    def wait(self) -> bool:
+        """Block until a batch has been under way for a whole tick; False after ``stop``.
+
+        Without a time-out while the ring is quiet.
+        """
+        return bool(_lib.np_watch_wait(self.watch))
+
+    def rest(self) -> None:
+        """The serving thread leaves the ring, which is not watched until its next batch."""
+        _lib.np_watch_rest(self.watch)
+
+    def stop(self) -> None:
+        """Let ``wait`` return False, now and from now on."""
+        _lib.np_watch_stop(self.watch)
+
+
 class Vring:
     """A started split ring.
 
@@ -144,6 +172,7 @@ class Vring:
         call: int,
         wake: int,
         header_limits: Mapping[int, int] | None = None,
+        watch: Watch | None = None,
         header_stride: int = 8704,
         reply_stride: int = 256,
         batch: int = 64,
@@ -181,6 +210,7 @@ class Vring:
                 "header_stride": header_stride,
                 "reply_stride": reply_stride,
                 "batch": batch,
+                "watch": _ffi.NULL if watch is None else watch.watch,
                 "headers": headers,
                 "replies": replies,
                 "requests": requests,
@@ -196,6 +226,7 @@ class Vring:
         self.batch = memoryview(_ffi.buffer(requests)).toreadonly()
         self.done = memoryview(_ffi.buffer(done))
         self.counters = cast("Counters", counters)
+        self._watch = watch
         self._memory = memory  # mapped for as long as the ring points into it
         ring = _lib.np_vring_new(memory._memory, config)  # noqa: SLF001
         if ring == _ffi.NULL:
@@ -243,6 +274,12 @@ class Vring:
         """Copy data into the writable stream, wholly or (EMSGSIZE) not at all."""
         source = _ffi.from_buffer(data)
         _check(_lib.np_vring_copy(self._ring, _lib.NP_WRITABLE, head, skip, source, len(source)))
+
+    def gather_into(self, head: int, skip: int, target: memoryview) -> None:
+        """Fill the target with as many bytes of the readable stream, or EMSGSIZE."""
+        size = len(target)
+        to = _ffi.from_buffer(target)
+        _check(_lib.np_vring_copy(self._ring, _lib.NP_READABLE, head, skip, to, size))
 
     def gather(self, head: int, skip: int, count: int) -> bytes:
         """Copy exactly count bytes of the readable stream, or EMSGSIZE."""

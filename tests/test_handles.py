@@ -19,12 +19,12 @@ from ninepd.ops import names
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
 from ninepd.p9.messages import Trenameat, Tunlinkat
-from ninepd.payload import PrivatePayload
+from ninepd.payload import Buffers, PrivatePayload
 
 SECONDS = 3.0
 DIRECTORIES = (b"a", b"b", b"c")
 FILES = (b"x", b"y", b"z")
-PAYLOAD = PrivatePayload(b"", 4096)
+PAYLOAD = PrivatePayload(4096, Buffers())
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ LAYERS: Final = (
     {"control", "device", "frontend"},
     {"pipeline"},
     {"jobs"},
-    {"payload"},
+    {"payload", "workers"},
     {"ops"},
     {"export"},
     {"vhostuser", "p9"},

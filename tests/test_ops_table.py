@@ -19,7 +19,7 @@ from ninepd.ops.table import ROWS, Row
 from ninepd.p9 import messages as p9
 from ninepd.p9.session import Dialect
 from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, Stat, encode_stat
-from ninepd.payload import PrivatePayload
+from ninepd.payload import Buffers, PrivatePayload
 
 ROOT, FILE, LINK, READING, LISTING = range(5)
 """Fids: unopened ones, and two that are open for reading."""
@@ -113,7 +113,7 @@ def made(tmp_path: Path) -> Iterator[Made]:
 
 
 def payload() -> PrivatePayload:
-    return PrivatePayload(b"", 4096)
+    return PrivatePayload(4096, Buffers())
 
 
 def outcome(call: Callable[[], Reply]) -> str:

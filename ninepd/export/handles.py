@@ -255,6 +255,22 @@ class HandleTable:
                 return
             handle = directory
 
+    # Pins
+
+    def pin(self, holders: list[Holder], pins: list[Holder]) -> None:
+        """Keep their descriptors open; adds them to ``pins``, for ``unpin``."""
+        with self._lock:
+            for holder in holders:
+                holder.pins += 1
+            pins.extend(holders)
+
+    def unpin(self, pins: list[Holder]) -> None:
+        """Take all of these back, and empty the list."""
+        with self._lock:
+            for holder in pins:
+                holder.pins -= 1
+            pins.clear()
+
     # Putting aside and finding again
 
     def may_rest(self, handle: Handle) -> bool:

@@ -30,11 +30,11 @@ class XattrWriter:
 class Fid:
     """State of one fid.
 
-    ``users`` counts requests that run outside the device thread and use this fid: as long as there
-    are any, a clunk leaves the descriptors open. It marks the fid ``doomed`` in any case.
+    ``users`` counts requests that are out (jobs.py) and use this fid: as long as there are any, a
+    clunk leaves the descriptors open. It marks the fid ``doomed`` in any case.
     """
 
-    __slots__ = ("attached", "doomed", "elsewhere", "handle", "opened", "uid", "users")
+    __slots__ = ("attached", "doomed", "elsewhere", "handle", "opened", "released", "uid", "users")
 
     def __init__(self, handle: Handle, uid: int, elsewhere: Place | None = None) -> None:
         """Takes over one reference to ``handle`` and one to the directory in ``elsewhere``."""
@@ -46,6 +46,8 @@ class Fid:
         self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users: i32 = 0
         self.doomed = False
+        self.released = False
+        """Has somebody taken it on to close what it holds?"""
         self.attached = False
         """Is it the root of what was attached, which has no name (stat(5))?"""
 

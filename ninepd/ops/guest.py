@@ -13,7 +13,7 @@ import threading
 from functools import partial
 from typing import Final
 
-from ninepd.export.descriptors import Holder, on_worker
+from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Opened, Place
 from ninepd.export.tree import Tree
 from ninepd.ops.fid import Fid
@@ -53,24 +53,30 @@ class Guest:
         for fid in fids:
             self.retire(fid)
 
-    def pin(self, fids: list[Fid], holders: list[Holder]) -> None:
-        """Work on another thread begins: fids and descriptors stay until ``unpin``."""
-        with self._lock, self.tree.handles.budget.lock:
+    def keep(self, fids: list[Fid]) -> None:
+        """A request will use these fids on another thread: they stay until ``let_go``."""
+        with self._lock:
             for fid in fids:
                 fid.users += 1
-            for holder in holders:
-                holder.pins += 1
 
-    def unpin(self, fids: list[Fid], holders: list[Holder]) -> None:
-        """The work has ended. A fid that was clunked meanwhile goes with its last user."""
-        with self._lock, self.tree.handles.budget.lock:
-            for holder in holders:
-                holder.pins -= 1
+    def let_go(self, fids: list[Fid]) -> None:
+        """It has ended. A fid that was clunked meanwhile goes with its last user."""
+        with self._lock:
             for fid in fids:
                 fid.users -= 1
-            done = [fid for fid in fids if fid.doomed and not fid.users]
+            done = [fid for fid in fids if fid.doomed and not fid.users and not fid.released]
+            for fid in done:
+                fid.released = True
         for fid in done:
             self._release(fid)
+
+    def pin(self, fids: list[Fid], pins: list[Holder]) -> None:
+        """Keep the descriptors open that a request on these fids may use, until ``unpin``."""
+        self.tree.handles.pin([holder for fid in fids for holder in fid.holders()], pins)
+
+    def unpin(self, pins: list[Holder]) -> None:
+        """The request needs them no more."""
+        self.tree.handles.unpin(pins)
 
     def _release(self, fid: Fid) -> None:
         opened, fid.opened = fid.opened, None
@@ -90,18 +96,19 @@ class Guest:
         """Close what a fid holds, whose number is free: now, or when its last user is done."""
         with self._lock:
             fid.doomed = True
-            if fid.users:
+            if fid.users or fid.released:
                 return
+            fid.released = True
         self._release(fid)
 
-    def close_file(self, fid: Fid) -> None:
-        """Close the file of a fid that is being clunked, if no other work uses it.
+    def close_file(self, fid: Fid, uses: int) -> None:
+        """Close the file of a fid that is being clunked, if no other request uses it.
 
-        OSError is the result of the guest's close(2). It is closed all the same.
+        The request itself is among its users ``uses`` times. OSError is the result
+        of the guest's close(2). It is closed all the same.
         """
         with self._lock:
-            # A request that runs on a worker is one of the users itself.
-            if fid.users > on_worker() or not isinstance(fid.opened, Opened):
+            if fid.users > uses or not isinstance(fid.opened, Opened):
                 return
             opened, fid.opened = fid.opened, None
         try:
@@ -165,16 +172,9 @@ class Service:
         self._msize_max = msize_max
         self.guest = Guest(tree, msize_max)
 
-    def restart(self) -> None:
-        """The session is over, and a new one may begin."""
+    def renew(self) -> Guest:
+        """The session is over, and a new one may begin. Returns the old guest, for its ``end``,
+        which may take as long as the storage of its files takes.
+        """
         old, self.guest = self.guest, Guest(self._tree, self._msize_max)
-        if self._tree.handles.volumes.remote:
-            # Closing files may take as long as their storage takes.
-            threading.Thread(target=old.end, name="ninepd farewell", daemon=True).start()
-        else:
-            old.end()
-
-    def abandon(self) -> None:
-        """As restart, but a thread that will not come back may be using anything of the old one."""
-        self._tree.handles.budget.freeze()
-        self.guest = Guest(self._tree, self._msize_max)
+        return old

@@ -10,6 +10,7 @@ import stat as st
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Place
 from ninepd.export.tree import check_name
 from ninepd.ops.fid import Fid
@@ -134,11 +135,12 @@ def _place(guest: Guest, fid: Fid) -> Iterator[Place]:
             if known is not None:
                 handles.release(known[0])
             guest.replace(fid, handles.share(fid.handle), handles.kept(place))
-        guest.pin([], [place[0]])
+        pins: list[Holder] = []
+        handles.pin([place[0]], pins)
         try:
             yield place
         finally:
-            guest.unpin([], [place[0]])
+            handles.unpin(pins)
     finally:
         if place is not None:
             handles.release(place[0])

@@ -10,11 +10,13 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from ninepd.export.descriptors import Holder
+
 
 class Payload:
     """The data part of one request, in guest memory: behind the message or behind its reply."""
 
-    __slots__ = ("available", "body", "room")
+    __slots__ = ("available", "body", "pins", "room", "uses")
 
     def __init__(self, available: int, room: int, body: Any) -> None:
         self.available = available
@@ -23,6 +25,10 @@ class Payload:
         """Bytes of data that fit behind the 11 bytes of an Rread or Rreaddir."""
         self.body = body
         """C's view of the buffer for a small reply, behind its header: for ``Encoded``."""
+        self.pins: list[Holder] = []
+        """Whose descriptors the request uses: they stay open until it ends."""
+        self.uses = 0
+        """How often the request itself is counted among the users of its fids."""
 
     @abstractmethod
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:

@@ -3,7 +3,6 @@
 import errno
 from typing import Final
 
-from ninepd.export.descriptors import on_worker
 from ninepd.export.handles import Handle, HandleTable
 from ninepd.ops.fid import Fid, XattrWriter
 from ninepd.ops.guest import Guest
@@ -88,7 +87,7 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
     qids: list[Qid] = []
     try:
         for name in names:
-            if handle.remote and not on_worker():
+            if handle.remote and not payload.uses:
                 _release(handles, found)
                 return Later(lambda payload: walk(guest, message, payload, start))
             step = tree.walk(handle, name)
@@ -126,7 +125,7 @@ def _release(handles: HandleTable, found: list[Handle]) -> None:
         handles.release(handle)
 
 
-def clunk(guest: Guest, message: Tclunk, _payload: Payload, fid: Fid) -> Reply:
+def clunk(guest: Guest, message: Tclunk, payload: Payload, fid: Fid) -> Reply:
     """The number is free afterwards, whatever the answer.
 
     An announced xattr is set now; a file is closed, which may bring an error of a late write.
@@ -136,7 +135,7 @@ def clunk(guest: Guest, message: Tclunk, _payload: Payload, fid: Fid) -> Reply:
         if isinstance(fid.opened, XattrWriter):
             commit(guest.host, fid.handle, fid.opened)
         elif fid.opened is not None:
-            guest.close_file(fid)
+            guest.close_file(fid, payload.uses)
     finally:
         guest.retire(fid)
     return _CLUNKED
