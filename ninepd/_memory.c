@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/magic.h>
 #include <pthread.h>
 #include <signal.h>
@@ -17,11 +18,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 /* cdef-begin */
 typedef struct np_memory np_memory;
+
+enum { NP_REGIONS_MAX = 509 }; /* what KVM leaves to users; vhost-user's GET_MAX_MEM_SLOTS */
 
 static np_memory *np_memory_new(void);
 static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua, uint64_t offset,
@@ -29,24 +33,28 @@ static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua,
 static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua);
 static void np_memory_clear(np_memory *m);
 static void np_memory_free(np_memory *m);
+static int64_t np_device(int fd);
 /* cdef-end */
 
 static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
-#define REGIONS_MAX 509 /* what vhost-user's GET_MAX_MEM_SLOTS promises */
-
-struct region {
-    uint64_t gpa, ua, size;
+/* A piece of a file that the front end shares. */
+struct shared {
     uint8_t *host;
     uint8_t *map; /* host rounded down to a page, for munmap */
     size_t map_len;
     struct mapping *mapping;
 };
 
+struct region {
+    uint64_t gpa, ua, size;
+    struct shared shared;
+};
+
 struct np_memory {
     uint32_t count;
-    struct region regions[REGIONS_MAX]; /* sorted by gpa */
-    atomic_bool lost;                   /* the front end truncated the file behind a region */
+    struct region regions[NP_REGIONS_MAX]; /* sorted by gpa */
+    atomic_bool lost;                      /* the front end truncated the file behind a region */
 };
 
 /*
@@ -139,7 +147,7 @@ static uint8_t *resolve(const np_memory *m, uint64_t gpa, uint64_t *len, uint32_
         return NULL;
     uint64_t at = gpa - r->gpa;
     *len = min(*len, r->size - at);
-    return r->host + at;
+    return r->shared.host + at;
 }
 
 /* User addresses matter only when a ring starts: a linear search will do. */
@@ -147,58 +155,89 @@ static uint8_t *find_ua(const np_memory *m, uint64_t ua, uint64_t len) {
     for (uint32_t i = 0; i < m->count; i++) {
         const struct region *r = &m->regions[i];
         if (ua - r->ua < r->size && len <= r->size - (ua - r->ua))
-            return r->host + (ua - r->ua);
+            return r->shared.host + (ua - r->ua);
     }
     return NULL;
 }
 
-static np_memory *np_memory_new(void) { return calloc(1, sizeof(np_memory)); }
-
-static int map_region(struct region *r, uint64_t offset, int fd, size_t *page) {
+/* The caller made sure that no call on the file can block: fstatfs asks a FUSE server. */
+static int map_pages(struct shared *s, uint64_t size, uint64_t offset, int fd, size_t *page) {
     struct stat status;
     struct statfs fs;
     if (fstat(fd, &status) < 0 || fstatfs(fd, &fs) < 0)
         return -errno;
-    if (S_ISREG(status.st_mode) && (uint64_t)status.st_size < offset + r->size)
+    if (S_ISREG(status.st_mode) && (uint64_t)status.st_size < offset + size)
         return -ENXIO;
     *page = fs.f_type == HUGETLBFS_MAGIC ? (size_t)fs.f_bsize : (size_t)sysconf(_SC_PAGESIZE);
     uint64_t excess = offset & (*page - 1);
-    r->map_len = (excess + r->size + *page - 1) & ~(*page - 1);
-    r->map = mmap(NULL, r->map_len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd,
+    s->map_len = (excess + size + *page - 1) & ~(*page - 1);
+    s->map = mmap(NULL, s->map_len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd,
                   (off_t)(offset - excess));
-    if (r->map == MAP_FAILED)
+    if (s->map == MAP_FAILED)
         return -errno;
-    r->host = r->map + excess;
+    s->host = s->map + excess;
     /* Best effort: keep guest RAM out of core dumps and out of children. */
-    madvise(r->map, r->map_len, MADV_DONTDUMP);
-    madvise(r->map, r->map_len, MADV_DONTFORK);
+    madvise(s->map, s->map_len, MADV_DONTDUMP);
+    madvise(s->map, s->map_len, MADV_DONTFORK);
     return 0;
 }
 
-static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua, uint64_t offset,
-                         int fd) {
+static bool in_a_file(uint64_t size, uint64_t offset) {
+    return size && size <= INT64_MAX && offset <= INT64_MAX - size;
+}
+
+/* Maps a piece of a file; `lost` is set if the file is truncated below it. */
+static int map_shared(struct shared *s, uint64_t size, uint64_t offset, int fd, atomic_bool *lost) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    struct region r = {.gpa = gpa, .ua = ua, .size = size};
     size_t page;
-    if (size == 0 || gpa + size < gpa || ua + size < ua || size > INT64_MAX ||
-        offset > INT64_MAX - size)
+    if (!in_a_file(size, offset))
         return -EINVAL;
-    for (uint32_t i = 0; i < m->count; i++)
-        if (overlap(gpa, size, m->regions[i].gpa, m->regions[i].size) ||
-            overlap(ua, size, m->regions[i].ua, m->regions[i].size))
-            return -EEXIST;
-    if (m->count == REGIONS_MAX || !(r.mapping = claim_mapping()))
+    if (!(s->mapping = claim_mapping()))
         return -ENOSPC;
     pthread_once(&once, install_sigbus_handler);
-    int error = map_region(&r, offset, fd, &page);
+    int error = map_pages(s, size, offset, fd, &page);
     if (error) {
-        atomic_store(&r.mapping->start, 0);
+        atomic_store(&s->mapping->start, 0);
         return error;
     }
-    atomic_store(&r.mapping->end, (uintptr_t)r.map + r.map_len);
-    atomic_store(&r.mapping->page, page);
-    atomic_store(&r.mapping->lost, &m->lost);
-    atomic_store(&r.mapping->start, (uintptr_t)r.map);
+    atomic_store(&s->mapping->end, (uintptr_t)s->map + s->map_len);
+    atomic_store(&s->mapping->page, page);
+    atomic_store(&s->mapping->lost, lost);
+    atomic_store(&s->mapping->start, (uintptr_t)s->map);
+    return 0;
+}
+
+static void unmap_shared(struct shared *s) {
+    atomic_store(&s->mapping->start, 0);
+    munmap(s->map, s->map_len);
+}
+
+static np_memory *np_memory_new(void) { return calloc(1, sizeof(np_memory)); }
+
+/* An equal region is replaced, but only once the new one is there: a failure changes nothing. */
+static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua, uint64_t offset,
+                         int fd) {
+    struct region r = {.gpa = gpa, .ua = ua, .size = size}, *equal = NULL;
+    if (!in_a_file(size, offset) || gpa + size < gpa || ua + size < ua)
+        return -EINVAL;
+    for (uint32_t i = 0; i < m->count; i++) {
+        struct region *other = &m->regions[i];
+        if (other->gpa == gpa && other->size == size && other->ua == ua)
+            equal = other;
+        else if (overlap(gpa, size, other->gpa, other->size) ||
+                 overlap(ua, size, other->ua, other->size))
+            return -EEXIST;
+    }
+    if (!equal && m->count == NP_REGIONS_MAX)
+        return -ENOSPC;
+    int error = map_shared(&r.shared, size, offset, fd, &m->lost);
+    if (error)
+        return error;
+    if (equal) {
+        unmap_shared(&equal->shared);
+        *equal = r;
+        return 0;
+    }
     uint32_t at = m->count++;
     for (; at && m->regions[at - 1].gpa > gpa; at--)
         m->regions[at] = m->regions[at - 1];
@@ -206,17 +245,12 @@ static int np_memory_add(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua,
     return 0;
 }
 
-static void unmap_region(struct region *r) {
-    atomic_store(&r->mapping->start, 0);
-    munmap(r->map, r->map_len);
-}
-
 static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t ua) {
     uint32_t at = find(m, gpa);
     struct region *r = &m->regions[at];
     if (at >= m->count || r->gpa != gpa || r->size != size || r->ua != ua)
         return -ENOENT;
-    unmap_region(r);
+    unmap_shared(&r->shared);
     m->count--;
     memmove(r, r + 1, (m->count - at) * sizeof(*r));
     return 0;
@@ -224,11 +258,20 @@ static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t 
 
 static void np_memory_clear(np_memory *m) {
     while (m->count)
-        unmap_region(&m->regions[--m->count]);
+        unmap_shared(&m->regions[--m->count].shared);
     atomic_store(&m->lost, false);
 }
 
 static void np_memory_free(np_memory *m) {
     np_memory_clear(m);
     free(m);
+}
+
+/* The device number of a file system, which it is not asked for: no attribute is wanted, and FUSE
+ * and NFS answer DONT_SYNC from memory (fs/fuse/dir.c, fuse_update_get_attr). */
+static int64_t np_device(int fd) {
+    struct statx st;
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, &st) < 0)
+        return -errno;
+    return (int64_t)makedev(st.stx_dev_major, st.stx_dev_minor);
 }

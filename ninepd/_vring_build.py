@@ -12,7 +12,17 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("_memory.c", "_watch.c", "_vring.c", "_syscalls.c")
+SOURCES = (
+    "_memory.c",
+    "_signals.c",
+    "_dirty.c",
+    "_chains.c",
+    "_watch.c",
+    "_vring.c",
+    "_waiting.c",
+    "_syscalls.c",
+)
+"""In this order: each uses what stands before it."""
 
 
 def interface(source: str) -> str:

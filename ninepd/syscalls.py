@@ -6,6 +6,7 @@ close. The interpreter lock is released during each call.
 
 import errno
 import os
+import sys
 from struct import Struct
 from typing import Any, Final, NamedTuple, Protocol, cast
 
@@ -16,14 +17,11 @@ NO_ID: Final = 0xFFFFFFFF
 """Leaves a uid or gid as it is."""
 UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2
-GETATTR_BODY: Final = 153
 XATTR_SIZE_MAX: Final = 65536
 """The longest value of an extended attribute (xattr(7))."""
 
 _USUAL_VALUE: Final = 256
 
-_UNMAPPED: Final = 1
-_HANDLE_MAX: Final = 132
 _unpack_stat: Final = Struct("=4Q3I4x").unpack
 _STATFS: Final = Struct("=9Q")
 
@@ -57,6 +55,10 @@ class Statfs(NamedTuple):
 
 
 class _Lib(Protocol):
+    ND_GETATTR_BODY: int
+    ND_UNMAPPED: int
+    ND_HANDLE_MAX: int
+
     def nd_walk(self, dirfd: int, name: bytes, out: Any) -> int: ...
     def nd_stat_at(self, dirfd: int, name: bytes, identify: bool, out: Any) -> int: ...
     def nd_open_scoped(self, dirfd: int, name: bytes, flags: int) -> int: ...
@@ -88,6 +90,9 @@ class _Lib(Protocol):
 
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
+GETATTR_BODY: Final[int] = _lib.ND_GETATTR_BODY
+_UNMAPPED: Final[int] = _lib.ND_UNMAPPED
+_HANDLE_MAX: Final[int] = _lib.ND_HANDLE_MAX
 _new: Final = _ffi.new
 view: Final = _ffi.from_buffer
 """C's view of a writable buffer of Python."""
@@ -225,8 +230,8 @@ def getdents(fd: int, offset: int, size: int = 32768) -> list[tuple[int, bytes]]
     entries = []
     at = 0
     while at < got:
-        position = int.from_bytes(data[at + 8 : at + 16], "little")
-        length = int.from_bytes(data[at + 16 : at + 18], "little")
+        position = int.from_bytes(data[at + 8 : at + 16], sys.byteorder)
+        length = int.from_bytes(data[at + 16 : at + 18], sys.byteorder)
         entries.append((position, data[at + 19 : data.index(0, at + 19)]))
         at += length
     return entries

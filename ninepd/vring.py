@@ -1,11 +1,13 @@
 """The typed face of the C file's rings: guest memory, and the virtqueue of one device.
 
-Contract. The device thread alone calls ``wait`` and ``push``. Between the two a request's slot,
-named by its head, belongs to one thread, which alone calls the bulk functions on it. ``wake`` may
+Contract. The device thread alone calls ``wait`` and ``push``. Between the two a request's slot
+belongs to one thread, which alone calls the bulk functions on it. ``wake`` and ``set_call`` may
 come from anywhere. All else, and every change to the memory, needs the ring parked and no slot in
-use by a worker.
+use by a worker; after such a change comes ``relocate``.
 """
 
+import errno
+import mmap
 import os
 from collections.abc import Mapping
 from importlib import import_module
@@ -20,15 +22,6 @@ if TYPE_CHECKING:
 
     CData: TypeAlias = FFI.CData
     Ring: TypeAlias = CData | None  # None once closed: cffi refuses it
-
-REQUEST: Final = Struct("=8I")
-"""head, readable, writable, header length, fault (an errno or 0), and what the header says, as it
-came: size, type, tag."""
-DONE: Final = Struct("=4I")
-"""head, type of the reply, bytes to copy from the reply arena, used length. C writes the header of
-the reply, whose tag is the request's; of none if the type is 0."""
-
-MESSAGE_TYPES = 256
 
 
 class Counters(Protocol):
@@ -48,6 +41,10 @@ class Counters(Protocol):
 class _Lib(Protocol):
     NP_READABLE: int
     NP_WRITABLE: int
+    NP_REGIONS_MAX: int
+    NP_RING_MAX: int
+    NP_MESSAGE_TYPES: int
+    NP_LOG_PAGE: int
 
     def np_memory_new(self) -> "CData": ...
     def np_memory_add(
@@ -56,21 +53,32 @@ class _Lib(Protocol):
     def np_memory_remove(self, memory: "CData", gpa: int, size: int, ua: int, /) -> int: ...
     def np_memory_clear(self, memory: "CData", /) -> None: ...
     def np_memory_free(self, memory: "CData", /) -> None: ...
+    def np_device(self, fd: int, /) -> int: ...
+    def np_log_new(self) -> "CData": ...
+    def np_log_map(self, log: "CData", size: int, offset: int, fd: int, /) -> int: ...
+    def np_log_set_signal(self, log: "CData", fd: int, /) -> None: ...
+    def np_log_skipped(self, log: "CData", /) -> int: ...
+    def np_log_free(self, log: "CData", /) -> None: ...
     def np_vring_new(self, memory: "CData", config: "CData", /) -> "CData": ...
     def np_vring_free(self, ring: "Ring", /) -> None: ...
     def np_vring_broken(self, ring: "Ring", /) -> "CData": ...
+    def np_vring_relocate(self, ring: "Ring", memory: "CData", /) -> int: ...
+    def np_vring_continues(self, ring: "Ring", /) -> bool: ...
     def np_vring_set_call(self, ring: "Ring", fd: int, /) -> None: ...
+    def np_vring_set_log(
+        self, ring: "Ring", log: "CData", log_used: bool, used_gpa: int, /
+    ) -> None: ...
     def np_vring_wait(self, ring: "Ring", spin_us_max: int, /) -> int: ...
     def np_vring_wake(self, ring: "Ring", /) -> None: ...
     def np_vring_push(self, ring: "Ring", count: int, /) -> int: ...
     def np_vring_copy(
-        self, ring: "Ring", stream: int, head: int, skip: int, data: "CData", size: int, /
+        self, ring: "Ring", stream: int, slot: int, skip: int, data: "CData", size: int, /
     ) -> int: ...
     def np_vring_move(
         self,
         ring: "Ring",
         stream: int,
-        head: int,
+        slot: int,
         skip: int,
         fd: int,
         count: int,
@@ -91,6 +99,18 @@ _lib: _Lib = _module.lib
 _ffi: "FFI" = _module.ffi
 _uncleared = _ffi.new_allocator(should_clear_after_alloc=False)
 
+REQUEST: Final = Struct(f"={_ffi.sizeof('np_request') // 4}I")
+"""slot, readable, writable, header length, fault (an errno or 0), and what the header says, as it
+came: size, type, tag."""
+DONE: Final = Struct(f"={_ffi.sizeof('np_done') // 4}I")
+"""slot, type of the reply, bytes to copy from the reply arena, used length. C writes the header of
+the reply, whose tag is the request's; of none if the type is 0."""
+RING_MAX: Final[int] = _lib.NP_RING_MAX
+"""Entries of a ring (virtio 1.3, 2.7)."""
+REGIONS_MAX: Final[int] = _lib.NP_REGIONS_MAX
+LOG_PAGE: Final[int] = _lib.NP_LOG_PAGE
+"""Bytes of guest memory for each bit of a dirty log."""
+
 
 def _check(result: int) -> int:
     if result < 0:
@@ -98,9 +118,19 @@ def _check(result: int) -> int:
     return result
 
 
+def _zeros(size: int) -> mmap.mmap:
+    """Memory that costs nothing until it is used."""
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def signal_err(fd: int) -> None:
     """Tell the front end that a ring broke; never blocks, never fails."""
     _lib.np_signal(fd)
+
+
+def device_of(fd: int) -> int:
+    """The device number of a file, without asking its file system, which might not answer."""
+    return _check(_lib.np_device(fd))
 
 
 class GuestMemory:
@@ -112,8 +142,9 @@ class GuestMemory:
     def add(self, gpa: int, size: int, user_addr: int, mmap_offset: int, fd: int) -> None:
         """Map a region; the descriptor stays the caller's and may be closed.
 
-        EINVAL: no size, or a wrap. EEXIST: overlaps another. ENOSPC: too many. ENXIO: the file is
-        too short. Else what fstat or mmap said.
+        An equal region is replaced. EINVAL: no size, or a wrap. EEXIST: overlaps another. ENOSPC:
+        too many. ENXIO: the file is too short. Else what fstat or mmap said. An error changes
+        nothing.
         """
         _check(_lib.np_memory_add(self._memory, gpa, size, user_addr, mmap_offset, fd))
 
@@ -149,10 +180,29 @@ class Watch:
         _lib.np_watch_stop(self.watch)
 
 
+class DirtyLog:
+    """A bitmap that the front end shares: each page of guest memory that the device wrote to."""
+
+    def __init__(self, size: int, offset: int, fd: int) -> None:
+        """Map ``size`` bytes of a file, or raise OSError as ``GuestMemory.add``."""
+        self._log = _ffi.gc(_lib.np_log_new(), _lib.np_log_free)
+        _check(_lib.np_log_map(self._log, size, offset, fd))
+
+    def set_signal(self, fd: int) -> None:
+        """Tell of new marks through this descriptor, or not at all (-1)."""
+        _lib.np_log_set_signal(self._log, fd)
+
+    @property
+    def skipped(self) -> int:
+        """How often a page was written to that the log is too small for."""
+        return _lib.np_log_skipped(self._log)
+
+
 class Vring:
     """A started split ring.
 
-    ``batch``: the requests of the last ``wait``, to be read with ``REQUEST.iter_unpack``.
+    ``batch``: the requests of the last ``wait``, to be read with ``REQUEST.iter_unpack``. A slot is
+    the number of a request while it is in flight; they are given out from 0 on.
     ``headers``, ``replies``: private arenas, ``header_stride`` and ``reply_stride`` bytes a slot.
     ``done``: where ``push`` expects its entries, packed with ``DONE``.
     """
@@ -184,13 +234,14 @@ class Vring:
         ring. ``header_limits`` says, by message type, how much of a request is header (at least 7
         bytes); other types are copied up to the stride.
         """
-        limits = [header_stride] * MESSAGE_TYPES
+        limits = [header_stride] * _lib.NP_MESSAGE_TYPES
         for message_type, limit in (header_limits or {}).items():
             limits[message_type] = min(max(limit, 7), header_stride)
-        # The arenas are Python's own objects, so that views of them outlive the ring.
-        slots = min(max(num, 0), 32768)  # a size that is refused needs no arenas
-        headers = _uncleared("uint8_t[]", slots * header_stride)
-        replies = _ffi.new("uint8_t[]", slots * reply_stride)
+        # The arenas are Python's own objects, so that views of them outlive the ring. What no slot
+        # used yet takes no memory.
+        slots = min(max(num, 1), RING_MAX)  # a size that is refused needs no arenas
+        headers = _ffi.from_buffer("uint8_t[]", _zeros(slots * header_stride))
+        replies = _ffi.from_buffer("uint8_t[]", _zeros(slots * reply_stride))
         requests = _ffi.new("np_request[]", batch)
         done = _ffi.new("np_done[]", slots)
         counters = _ffi.new("np_counters *")
@@ -228,6 +279,7 @@ class Vring:
         self.counters = cast("Counters", counters)
         self._watch = watch
         self._memory = memory  # mapped for as long as the ring points into it
+        self._log: DirtyLog | None = None
         ring = _lib.np_vring_new(memory._memory, config)  # noqa: SLF001
         if ring == _ffi.NULL:
             raise MemoryError
@@ -243,9 +295,37 @@ class Vring:
         """Free the ring once no call is under way; counters and arenas stay readable."""
         self._ring = None
 
+    def relocate(self, memory: GuestMemory) -> None:
+        """Find the ring and what is in flight again, in memory that changed or is another.
+
+        RingBroken if the ring is not there; a later change may bring it back. A request whose
+        buffers are gone cannot be answered: data functions say EFAULT, and ``push`` returns it
+        with length 0, unless a later change brings them back.
+        """
+        self._memory = memory
+        if _lib.np_vring_relocate(self._ring, memory._memory) < 0:  # noqa: SLF001
+            self._raise_if_broken()
+
+    def continues(self) -> bool:
+        """Does the used ring in guest memory stand where we left it? Otherwise it is a new one."""
+        return bool(_lib.np_vring_continues(self._ring))
+
     def set_call(self, fd: int) -> None:
-        """Notify through another descriptor, or none (-1)."""
+        """Notify through another descriptor, or none (-1).
+
+        While the ring runs, a number must stay open: replace by dup2 what it names, and signal it
+        once after this.
+        """
         _lib.np_vring_set_call(self._ring, fd)
+
+    def set_log(self, log: DirtyLog | None, used_gpa: int | None = None) -> None:
+        """Log what is written to guest memory, or nothing more.
+
+        ``used_gpa``: where the log has the used ring, if writes to it are logged, too.
+        """
+        self._log = log
+        pointer = _ffi.NULL if log is None else log._log  # noqa: SLF001
+        _lib.np_vring_set_log(self._ring, pointer, used_gpa is not None, used_gpa or 0)
 
     def wait(self, spin_us_max: int) -> int:
         """Block until there are requests or a wake; return how many are in ``batch``.
@@ -265,39 +345,42 @@ class Vring:
         """Return the requests named in ``done[:count]``, with at most one notification.
 
         An entry that names no request in flight, or does not fit, is the caller's bug: those before
-        it are returned.
+        it are returned. RingBroken if the ring is gone from guest memory.
         """
-        if _lib.np_vring_push(self._ring, count) < 0:
+        result = _lib.np_vring_push(self._ring, count)
+        if result == -errno.EFAULT:
+            self._raise_if_broken()
+        if result < 0:
             raise ValueError("push of a request that is not in flight, or of more than fits")
 
-    def scatter(self, head: int, skip: int, data: "ReadableBuffer") -> None:
+    def scatter(self, slot: int, skip: int, data: "ReadableBuffer") -> None:
         """Copy data into the writable stream, wholly or (EMSGSIZE) not at all."""
         source = _ffi.from_buffer(data)
-        _check(_lib.np_vring_copy(self._ring, _lib.NP_WRITABLE, head, skip, source, len(source)))
+        _check(_lib.np_vring_copy(self._ring, _lib.NP_WRITABLE, slot, skip, source, len(source)))
 
-    def gather_into(self, head: int, skip: int, target: memoryview) -> None:
+    def gather_into(self, slot: int, skip: int, target: memoryview) -> None:
         """Fill the target with as many bytes of the readable stream, or EMSGSIZE."""
         size = len(target)
         to = _ffi.from_buffer(target)
-        _check(_lib.np_vring_copy(self._ring, _lib.NP_READABLE, head, skip, to, size))
+        _check(_lib.np_vring_copy(self._ring, _lib.NP_READABLE, slot, skip, to, size))
 
-    def gather(self, head: int, skip: int, count: int) -> bytes:
+    def gather(self, slot: int, skip: int, count: int) -> bytes:
         """Copy exactly count bytes of the readable stream, or EMSGSIZE."""
         target = _uncleared("uint8_t[]", count)
-        _check(_lib.np_vring_copy(self._ring, _lib.NP_READABLE, head, skip, target, count))
+        _check(_lib.np_vring_copy(self._ring, _lib.NP_READABLE, slot, skip, target, count))
         return bytes(_ffi.buffer(target))
 
-    def readv(self, head: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
+    def readv(self, slot: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
         """preadv2 from a file into the writable stream; offset -1 is the file's own position.
 
         Fewer bytes than asked for is a success. EINTR is reported, so that a worker can be stopped.
         """
         return _check(
-            _lib.np_vring_move(self._ring, _lib.NP_WRITABLE, head, skip, fd, count, offset, flags)
+            _lib.np_vring_move(self._ring, _lib.NP_WRITABLE, slot, skip, fd, count, offset, flags)
         )
 
-    def writev(self, head: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
+    def writev(self, slot: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
         """pwritev2 from the readable stream to a file; otherwise as readv."""
         return _check(
-            _lib.np_vring_move(self._ring, _lib.NP_READABLE, head, skip, fd, count, offset, flags)
+            _lib.np_vring_move(self._ring, _lib.NP_READABLE, slot, skip, fd, count, offset, flags)
         )

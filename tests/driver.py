@@ -138,6 +138,14 @@ class Driver:
         self._brk = end
         return self.gpa(start)
 
+    def pages(self) -> dict[int, bytes]:
+        """All guest memory, by the number of the physical page."""
+        return {
+            (region.gpa + at) // 4096: bytes(self.bytes[region.offset + at :][:4096])
+            for region in self.regions
+            for at in range(0, region.size, 4096)
+        }
+
     # ---- the raw ring ----
 
     def write_desc(self, index: int, addr: int, length: int, flags: int, following: int) -> None:
@@ -150,6 +158,10 @@ class Driver:
     def publish(self, head: int) -> None:
         self._u16[self.avail // 2 + 2 + self.next_avail % self.num] = head
         self.avail_idx = self.next_avail + 1
+
+    def avail_head(self, index: int) -> int:
+        """What the available ring holds at an index, which may have wrapped."""
+        return self._u16[self.avail // 2 + 2 + (index & 0xFFFF) % self.num]
 
     @property
     def avail_idx(self) -> int:
@@ -175,6 +187,10 @@ class Driver:
     @property
     def used_idx(self) -> int:
         return self._u16[self.used // 2 + 1]
+
+    @used_idx.setter
+    def used_idx(self, value: int) -> None:
+        self._u16[self.used // 2 + 1] = value
 
     @property
     def avail_event(self) -> int:

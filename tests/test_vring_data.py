@@ -258,7 +258,6 @@ def test_regions_are_refused_or_found() -> None:
     with closing(Driver(size=MIB)) as d, closing(GuestMemory()) as memory:
         memory.add(MIB, MIB, UA, 0, d.fd)
         for gpa, ua in [
-            (MIB, UA),
             (MIB, 0),
             (0x17_F000, 0),
             (0x80001, 0),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from ninepd.errors import RingBroken
 from ninepd.vring import DONE, REQUEST, GuestMemory, Vring
@@ -15,6 +16,42 @@ TWRITE, TREAD = 118, 116
 UA = 0x7F00_0000_0000
 MIB = 1 << 20
 NOWHERE = 1 << 50
+
+
+class ByHead:
+    """A ring whose requests are named by the heads that the driver gave them, not by slots."""
+
+    def __init__(self, ring: Vring, driver: Driver) -> None:
+        self.vring = ring
+        self._driver = driver
+        self._slots: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vring, name)
+
+    def take(self, spin: int) -> list[tuple[int, ...]]:
+        first = self.vring.counters.last_avail
+        count = self.vring.wait(spin)
+        requests = list(REQUEST.iter_unpack(self.vring.batch[: count * REQUEST.size]))
+        heads = [self._driver.avail_head(first + i) for i in range(count)]
+        self._slots.update(zip(heads, [request[0] for request in requests], strict=True))
+        return [(head, *request[1:]) for head, request in zip(heads, requests, strict=True)]
+
+    def slot(self, head: int) -> int:
+        """Any number that is no slot, for a head that was never taken."""
+        return self._slots.get(head, head | 1 << 30)
+
+    def readv(self, head: int, *rest: int) -> int:
+        return self.vring.readv(self.slot(head), *rest)
+
+    def writev(self, head: int, *rest: int) -> int:
+        return self.vring.writev(self.slot(head), *rest)
+
+    def scatter(self, head: int, skip: int, data: bytes | bytearray | memoryview) -> None:
+        self.vring.scatter(self.slot(head), skip, data)
+
+    def gather(self, head: int, skip: int, count: int) -> bytes:
+        return self.vring.gather(self.slot(head), skip, count)
 
 
 class Rig:
@@ -36,7 +73,7 @@ class Rig:
         for region in d.regions:
             self.memory.add(*region, d.fd)
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.ring = Vring(
+        ring = Vring(
             self.memory,
             num=d.num,
             desc=d.user_addr(d.desc),
@@ -51,6 +88,7 @@ class Rig:
             header_limits={TWRITE: 23},
             batch=batch,
         )
+        self.ring = ByHead(ring, d)
 
     def close(self) -> None:
         self.ring.close()
@@ -62,21 +100,24 @@ class Rig:
         return [entry[:5] for entry in self.take_whole(spin)]
 
     def take_whole(self, spin: int = 0) -> list[tuple[int, ...]]:
-        n = self.ring.wait(spin)
-        return list(REQUEST.iter_unpack(self.ring.batch[: n * REQUEST.size]))
+        return self.ring.take(spin)
 
     def header(self, head: int, length: int) -> bytes:
-        start = head * self.ring.header_stride
+        start = self.ring.slot(head) * self.ring.header_stride
         return bytes(self.ring.headers[start : start + length])
 
     def answer(self, head: int, reply: bytes) -> None:
-        start = head * self.ring.reply_stride
-        self.ring.replies[start : start + len(reply)] = reply
+        self.put(head, reply)
         self.push((head, 0, len(reply), len(reply)))
 
+    def put(self, head: int, reply: bytes) -> None:
+        """Into the slot's reply buffer."""
+        start = self.ring.slot(head) * self.ring.reply_stride
+        self.ring.replies[start : start + len(reply)] = reply
+
     def push(self, *entries: tuple[int, int, int, int]) -> None:
-        for i, entry in enumerate(entries):
-            DONE.pack_into(self.ring.done, i * DONE.size, *entry)
+        for i, (head, *rest) in enumerate(entries):
+            DONE.pack_into(self.ring.done, i * DONE.size, self.ring.slot(head), *rest)
         self.ring.push(len(entries))
 
 
