@@ -11,9 +11,11 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from typing import Final
 
+from ninepd import foreign
 from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities, privileged
 from ninepd.config import Config, Export, Multidevs, Reclaim
 from ninepd.connection import Connection
@@ -106,7 +108,7 @@ class ExportServer:
                 self._export.tag,
                 _peer(connected),
             )
-            connected.close()
+            foreign.close(connected.detach())
             return
         self._serve(connected)
 
@@ -151,7 +153,7 @@ def _open_tree(export: Export, budget: int) -> Tree:
 
 def _peer(connection: socket.socket) -> str:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS)
-    pid, uid = (int.from_bytes(credentials[at : at + 4], "little") for at in (0, 4))
+    pid, uid = (int.from_bytes(credentials[at : at + 4], sys.byteorder) for at in (0, 4))
     return f"pid {pid}, uid {uid}"
 
 

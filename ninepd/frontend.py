@@ -6,12 +6,11 @@ come along. Transports of asyncio carry no descriptors; register ``fileno`` with
 """
 
 import array
-import contextlib
-import os
 import select
 import socket
 from collections.abc import Iterator
 
+from ninepd import foreign
 from ninepd.errors import FramingLost
 from ninepd.vhostuser.messages import HEADER, Message
 
@@ -71,7 +70,7 @@ class FrontEnd:
 
     def close(self) -> None:
         self._close_fds()
-        self._socket.close()
+        foreign.close(self._socket.detach())  # descriptors may be left in it, unread
 
     def _start(self) -> None:
         self._head = bytearray()
@@ -117,6 +116,4 @@ class FrontEnd:
 
     def _close_fds(self) -> None:
         while self._fds:
-            # What a file system has to say at close is no concern of ours.
-            with contextlib.suppress(OSError):
-                os.close(self._fds.pop())
+            foreign.close(self._fds.pop())

@@ -26,6 +26,7 @@ LAYERS: Final = (
     {"ops"},
     {"export"},
     {"vhostuser", "p9"},
+    {"foreign"},
     {"vring", "syscalls", "stats", "config", "capabilities"},
     {"errors", "tuples", "_libvring", "ninepd"},
 )
