@@ -11,19 +11,22 @@ loop goes on meanwhile. Afterwards the ring runs again if it is wanted: one rule
 Runs on the loop thread; the requests themselves are served by ``Pipeline`` on threads of its own.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final
 
+from ninepd import foreign
 from ninepd.errors import Refused, RingBroken
 from ninepd.ops.guest import Service
 from ninepd.ops.table import HEADER_LIMITS
 from ninepd.pipeline import Pipeline
-from ninepd.vhostuser.messages import Message, Request, VirtioFeature
+from ninepd.vhostuser.messages import MemoryRegion, Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
     AddRegion,
+    DropLog,
     Effect,
     RemoveRegion,
     ResetDevice,
@@ -34,17 +37,18 @@ from ninepd.vhostuser.session import (
     SetChannel,
     SetErr,
     SetKick,
+    SetLog,
+    SetLogSignal,
     SetMemory,
     Step,
     StopRing,
 )
 from ninepd.vhostuser.state import State
-from ninepd.vring import GuestMemory, Vring, Watch, signal_err
+from ninepd.vring import DirtyLog, GuestMemory, Vring, Watch, signal_err
 from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
 
-_NONE: Final = -1
 _GRACE_SECONDS: Final = 1.0
 _DRAINED: Final = frozenset({Request.GET_VRING_BASE, Request.SET_VRING_ENABLE})
 """Before these the requests that are out get a moment to end, for a snapshot of the guest may be
@@ -62,9 +66,10 @@ class Parking(Enum):
 
 
 def _layout(state: State) -> tuple[int, ...]:
-    """What makes a ring the same ring."""
+    """What makes a ring the same ring; whether it is logged does not."""
     ring = state.ring
-    return ring.num, ring.desc, ring.avail, ring.used, state.features
+    features = state.features & ~VirtioFeature.LOG_ALL
+    return ring.num, ring.desc, ring.avail, ring.used, features
 
 
 class Device:
@@ -85,14 +90,13 @@ class Device:
         self._call_soon = call_soon
         self._session = Session(config_space)
         self._memory = GuestMemory()
-        # Each keeps its number when it is replaced, so that a ring can go on with it.
-        self._kick = self._call = self._err = self._channel = _NONE
+        self._log: DirtyLog | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._workers = Workers(f"{name} worker")
+        self._kick, self._call, self._err = (foreign.Held(self._wake) for _ in range(3))
+        self._channel, self._log_signal = (foreign.Held(self._wake) for _ in range(2))
         self._pipeline: Pipeline | None = None
         self._layout: tuple[int, ...] = ()
-        self._moved = False
-        """Has guest memory changed since the ring was last located in it?"""
         self._parking = Parking.PARKED
         self._parked: Callable[[], None] | None = None
         """What is to be done as soon as the ring rests."""
@@ -123,9 +127,9 @@ class Device:
         self._end_session()
         self._memory.close()
         self._workers.close()
-        for fd in (self._kick, self._call, self._err, self._channel, self._wake):
-            if fd != _NONE:
-                os.close(fd)
+        for held in (self._kick, self._call, self._err, self._channel, self._log_signal):
+            held.close()
+        os.close(self._wake)
         closed()
 
     def _perform(self, message: Message) -> bytes | None:
@@ -178,8 +182,8 @@ class Device:
         return step
 
     def _run(self, state: State) -> None:
-        layout = (*_layout(state), self._kick)
-        if state.ring.base != self._position:
+        layout = (*_layout(state), self._kick.number)
+        if state.ring.base != self._position or not self._continues(layout):
             # The guest has reset the device. At the same position it may have, too: then its
             # Tversion will end the session.
             self._end_session()
@@ -188,11 +192,20 @@ class Device:
         if self._pipeline is None:
             self._pipeline = self._make_pipeline(state)
             self._layout = layout
-        elif self._moved:
-            self._pipeline.relocate(self._memory)
-        self._moved = False
+        self._pipeline.set_log(self._log if state.logging else None, state.ring.log)
         self._pipeline.start()
         self._parking = Parking.SERVING
+
+    def _continues(self, layout: tuple[int, ...]) -> bool:
+        """If the ring lies where it did: is it the one that we left?"""
+        pipeline = self._pipeline
+        return pipeline is None or layout != self._layout or pipeline.continues()
+
+    def _relocate(self) -> None:
+        """Guest memory changed. A ring that is not there now waits for its region to return."""
+        if self._pipeline is not None:
+            with contextlib.suppress(RingBroken):
+                self._pipeline.relocate(self._memory)
 
     def _make_pipeline(self, state: State) -> Pipeline:
         ring = state.ring
@@ -207,8 +220,8 @@ class Device:
             base=ring.base,
             event_idx=bool(state.features & VirtioFeature.EVENT_IDX),
             indirect=indirect,
-            kick=self._kick,
-            call=self._call,
+            kick=self._kick.number,
+            call=self._call.number,
             wake=self._wake,
             header_limits=HEADER_LIMITS,
             watch=watch,
@@ -250,8 +263,15 @@ class Device:
         self._signal_err()
 
     def _signal_err(self) -> None:
-        if self._err != _NONE:
-            signal_err(self._err)
+        signal_err(self._err.number)
+
+    def _drop_log(self) -> None:
+        """The front end reads it no more: after this the device does not write to it, either."""
+        dirty, self._log = self._log, None
+        if dirty is not None and dirty.skipped:
+            log.warning("%s: the dirty log was too small for %d pages", self._name, dirty.skipped)
+        if self._pipeline is not None:
+            self._pipeline.set_log(None, None)
 
     # Effects
 
@@ -261,37 +281,43 @@ class Device:
                 memory = GuestMemory()
                 try:
                     for region, fd in zip(regions, fds, strict=True):
-                        memory.add(region.gpa, region.size, region.ua, region.offset, fd)
-                except OSError:
+                        _map(memory, region, fd)
+                except (OSError, Refused):
                     memory.close()
                     raise
                 old, self._memory = self._memory, memory
-                self._moved = True
+                self._relocate()
                 old.close()
             case AddRegion(region, fd):
-                try:
-                    self._memory.add(region.gpa, region.size, region.ua, region.offset, fd)
-                except FileExistsError:
-                    self._memory.remove(region.gpa, region.size, region.ua)
-                    self._memory.add(region.gpa, region.size, region.ua, region.offset, fd)
-                self._moved = True
+                _map(self._memory, region, fd)
+                self._relocate()
             case RemoveRegion(region):
                 self._memory.remove(region.gpa, region.size, region.ua)
-                self._moved = True
+                self._relocate()
             case SetKick(kick):
-                self._kick = _replace(self._kick, kick)
+                _hold(self._kick, kick)
             case SetCall(call):
-                self._call = _replace(self._call, call)
+                _hold(self._call, call)
                 if self._pipeline is not None:
-                    self._pipeline.set_call(self._call)
-                if self._call != _NONE:
-                    # A notification may have gone to the old one just before.
-                    signal_err(self._call)
+                    self._pipeline.set_call(self._call.number)
+                # A notification may have gone to the old one just before.
+                signal_err(self._call.number)
             case SetErr(err):
-                self._err = _replace(self._err, err)
+                _hold(self._err, err)
             case SetChannel(fd):
                 # User-Mode Linux needs it for its interrupts; there is nothing to say on it.
-                self._channel = _replace(self._channel, fd)
+                foreign.check_channel(fd)
+                self._channel.replace(fd)
+            case SetLog(area, fd):
+                foreign.check_memory(fd)
+                self._log = DirtyLog(area.size, area.offset, fd)
+                self._log.set_signal(self._log_signal.number)
+            case DropLog():
+                self._drop_log()
+            case SetLogSignal(fd):
+                _hold(self._log_signal, fd)
+                if self._log is not None:
+                    self._log.set_signal(self._log_signal.number)
             case RingFault():
                 self._signal_err()
             case StopRing():
@@ -300,19 +326,19 @@ class Device:
             case ResetSession():
                 self._end_session()
                 self._memory.close()
-                self._kick = _replace(self._kick, None)
-                self._call = _replace(self._call, None)
-                self._err = _replace(self._err, None)
+                self._drop_log()
+                for held in (self._kick, self._call, self._err, self._log_signal):
+                    held.replace(None)
             case ResetDevice():
                 self._end_session()
 
 
-def _replace(old: int, new: int | None) -> int:
-    """Take a lent descriptor in the place of an old one."""
-    if new is None:
-        if old != _NONE:
-            os.close(old)
-        return _NONE
-    if old == _NONE:
-        return os.dup(new)
-    return os.dup2(new, old, inheritable=False)
+def _map(memory: GuestMemory, region: MemoryRegion, fd: int) -> None:
+    foreign.check_memory(fd)
+    memory.add(region.gpa, region.size, region.ua, region.offset, fd)
+
+
+def _hold(held: foreign.Held, lent: int | None) -> None:
+    if lent is not None:
+        foreign.check_signal(lent)
+    held.replace(lent)

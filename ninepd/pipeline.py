@@ -58,7 +58,7 @@ from ninepd.p9.messages import (
     Twrite,
 )
 from ninepd.payload import Buffers, ChainPayload, PrivatePayload
-from ninepd.vring import DONE, REQUEST, GuestMemory, Vring, Watch
+from ninepd.vring import DONE, REQUEST, DirtyLog, GuestMemory, Vring, Watch
 from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,14 @@ class Pipeline:
     def relocate(self, memory: GuestMemory) -> None:
         """Guest memory has changed, while the ring rests; RingBroken if the ring is not in it."""
         self._vring.relocate(memory)
+
+    def continues(self) -> bool:
+        """Has the guest left the ring as it was, while it rested?"""
+        return self._vring.continues()
+
+    def set_log(self, log: DirtyLog | None, used_gpa: int | None) -> None:
+        """Log what is written to guest memory, or not. While the ring rests."""
+        self._vring.set_log(log, used_gpa)
 
     def set_call(self, fd: int) -> None:
         """Notify the guest through another descriptor, or not at all (-1)."""
@@ -529,14 +537,16 @@ class Pipeline:
                 job.last, job.work = None, job.reply.work
                 self._jobs.add(job)
                 return
-        reply = job.reply
         if isinstance(job.payload, PrivatePayload):
             try:
                 job.payload.deliver(self._payload(job.head))
             except OSError as error:
-                reply = self._error(job.tag, error)
+                self._no_reply(job.head, error)
+            else:
+                self._finish(job.head, job.tag, job.reply)
             job.payload.close()
-        self._finish(job.head, job.tag, reply)
+        else:
+            self._finish(job.head, job.tag, job.reply)
         for head, tag in job.flushes:
             self._finish(head, tag, Rflush())
 
@@ -566,16 +576,21 @@ class Pipeline:
             self._replies[body_at : body_at + len(body)] = body
             self._push(head, codec.number, size, size)
         else:
-            self._finish_long(head, tag, codec.number, body)
+            self._finish_long(head, codec.number, body)
 
-    def _finish_long(self, head: int, tag: int, number: int, body: bytes) -> None:
+    def _finish_long(self, head: int, number: int, body: bytes) -> None:
         """The body of a reply that is longer than its buffer goes straight to the guest."""
         try:
             self._vring.scatter(head, HEADER_SIZE, body)
         except OSError as error:
-            self._finish(head, tag, self._error(tag, error))
+            self._no_reply(head, error)
         else:
             self._push(head, number, HEADER_SIZE, HEADER_SIZE + len(body))
+
+    def _no_reply(self, head: int, error: OSError) -> None:
+        """The guest's memory went away, and with it the place for a reply."""
+        log.info("%s: a reply cannot be delivered: %s", self._name, error)
+        self._push(head, 0, 0, 0)
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
         if type(reply) not in ERRORS:

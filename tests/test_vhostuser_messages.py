@@ -9,6 +9,7 @@ from ninepd.errors import Refused
 from ninepd.vhostuser.messages import (
     CONFIG,
     HEADER,
+    LOG_AREA,
     MEMORY_TABLE,
     NEED_REPLY,
     NOFD,
@@ -24,6 +25,7 @@ from ninepd.vhostuser.messages import (
     Config,
     Fixed,
     Header,
+    LogArea,
     MemoryRegion,
     Message,
     Request,
@@ -46,6 +48,7 @@ VALUES: list[tuple[Codec[Any], st.SearchStrategy[Any]]] = [
     (VRING_STATE, st.builds(VringState, u32, u32)),
     (VRING_ADDR, st.builds(VringAddr, u32, u32, u64, u64, u64, u64)),
     (REGION, regions),
+    (LOG_AREA, st.builds(LogArea, u64, u64)),
     (MEMORY_TABLE, st.lists(regions, max_size=130).map(tuple)),
     (CONFIG, st.builds(Config, u32, u32, st.binary(max_size=300))),
 ]
@@ -86,8 +89,8 @@ def test_every_codec_refuses_or_understands_any_bytes(data: st.DataObject, wire:
 
 
 def test_sizes_are_those_of_the_c_structs() -> None:
-    sizes = [HEADER.size, U64.size, VRING_STATE.size, VRING_ADDR.size, REGION.size]
-    assert sizes == [12, 8, 8, 40, 40]
+    codecs = (HEADER, U64, VRING_STATE, VRING_ADDR, REGION, LOG_AREA)
+    assert [codec.size for codec in codecs] == [12, 8, 8, 40, 40, 16]
     assert len(MEMORY_TABLE.pack((MemoryRegion(0, 0, 0, 0),) * 3)) == 8 + 32 * 3
     assert len(CONFIG.pack(Config(0, 0, bytes(34)))) == 12 + 34
 
@@ -210,12 +213,14 @@ def test_messages_are_named_for_the_log() -> None:
     assert message(0).name == "request 0"
 
 
-def test_reading_does_not_disturb_the_ring() -> None:
+def test_reading_and_signals_do_not_disturb_the_ring() -> None:
     quiet = {
         Request.GET_FEATURES,
         Request.GET_PROTOCOL_FEATURES,
         Request.SET_PROTOCOL_FEATURES,
         Request.GET_QUEUE_NUM,
+        Request.SET_VRING_CALL,
+        Request.SET_VRING_ERR,
         Request.SET_BACKEND_REQ_FD,
         Request.GET_CONFIG,
         Request.SET_CONFIG,

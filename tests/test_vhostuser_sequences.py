@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ninepd.vhostuser.messages import (
     CONFIG,
     HEADER,
+    LOG_AREA,
     MEMORY_TABLE,
     NEED_REPLY,
     NOFD,
@@ -20,6 +21,7 @@ from ninepd.vhostuser.messages import (
     VRING_STATE,
     Config,
     Header,
+    LogArea,
     MemoryRegion,
     Message,
     Request,
@@ -188,6 +190,7 @@ BODIES: dict[object, st.SearchStrategy[Any]] = {
         st.just(RING), st.builds(VringAddr, u32, u32, small, small, small, small)
     ),
     REGION: region_values,
+    LOG_AREA: st.builds(LogArea, small, small),
     MEMORY_TABLE: st.lists(region_values, max_size=3).map(tuple),
     CONFIG: st.builds(Config, u32, u32, st.binary(max_size=40)),
 }

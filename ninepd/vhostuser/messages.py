@@ -21,6 +21,9 @@ NEED_REPLY = 1 << 3
 # SET_VRING_{KICK,CALL,ERR}: the message carries no descriptor.
 NOFD = 1 << 8
 
+# SET_VRING_ADDR: writes to the used ring are logged, too (VHOST_VRING_F_LOG).
+LOG_USED = 1 << 0
+
 
 class Request(IntEnum):
     """What a front end may ask."""
@@ -76,6 +79,7 @@ class VirtioFeature(IntFlag):
     """The virtio feature bits this back end offers."""
 
     MOUNT_TAG = 1 << 0
+    LOG_ALL = 1 << 26
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
@@ -86,6 +90,7 @@ class ProtocolFeature(IntFlag):
     """The vhost-user feature bits this back end offers."""
 
     MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5  # User-Mode Linux sets up no interrupt without it
     CONFIG = 1 << 9
@@ -151,6 +156,13 @@ class MemoryRegion(NamedTuple):
     offset: int
 
 
+class LogArea(NamedTuple):
+    """The dirty log: ``size`` bytes at ``offset`` in the file of its descriptor."""
+
+    size: int
+    offset: int
+
+
 class Config(NamedTuple):
     """A piece of the device's configuration space."""
 
@@ -202,6 +214,7 @@ U64: Fixed[int] = Fixed("=Q", int)
 VRING_STATE = Fixed("=II", VringState)
 VRING_ADDR = Fixed("=IIQQQQ", VringAddr)
 REGION = Fixed("=8xQQQQ", MemoryRegion)
+LOG_AREA = Fixed("=QQ", LogArea)
 MEMORY_TABLE = _MemoryTable()
 CONFIG = _Config()
 
@@ -261,11 +274,20 @@ class Rule(NamedTuple):
     refusal: bytes | None = None
     # The ring must be at rest meanwhile.
     disturbs: bool = False
+    # Without the feature, the front end waits for no body.
+    silent_without: ProtocolFeature | None = None
+
+    def refusal_with(self, protocol_features: int) -> bytes | None:
+        """The body of a refusal that the front end waits for, if it does."""
+        if self.silent_without is not None and not protocol_features & self.silent_without:
+            return None
+        return self.refusal
 
 
 _ZERO, _ONE = U64.pack(0), U64.pack(1)
 _NO_STATE = VRING_STATE.pack(VringState(0, 0))
 _SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS
+_LOG = ProtocolFeature.LOG_SHMFD
 
 REQUESTS: Mapping[int, Rule] = {
     Request.GET_FEATURES: Rule(NOTHING, refusal=_ZERO),
@@ -273,15 +295,18 @@ REQUESTS: Mapping[int, Rule] = {
     Request.SET_OWNER: Rule(NOTHING, disturbs=True),
     Request.RESET_OWNER: Rule(NOTHING, disturbs=True),
     Request.SET_MEM_TABLE: Rule(MEMORY_TABLE, _one_each, disturbs=True),
-    Request.SET_LOG_BASE: Rule(),
-    Request.SET_LOG_FD: Rule(),
+    # Its reply is the payload; the rust-vmm front end blocks for all 16 bytes of it.
+    Request.SET_LOG_BASE: Rule(
+        LOG_AREA, _one, _LOG, refusal=bytes(16), disturbs=True, silent_without=_LOG
+    ),
+    Request.SET_LOG_FD: Rule(NOTHING, _one, disturbs=True),
     Request.SET_VRING_NUM: Rule(VRING_STATE, disturbs=True),
     Request.SET_VRING_ADDR: Rule(VRING_ADDR, disturbs=True),
     Request.SET_VRING_BASE: Rule(VRING_STATE, disturbs=True),
     Request.GET_VRING_BASE: Rule(VRING_STATE, refusal=_NO_STATE, disturbs=True),
     Request.SET_VRING_KICK: Rule(U64, _one_unless_nofd, disturbs=True),
-    Request.SET_VRING_CALL: Rule(U64, _one_unless_nofd, disturbs=True),
-    Request.SET_VRING_ERR: Rule(U64, _one_unless_nofd, disturbs=True),
+    Request.SET_VRING_CALL: Rule(U64, _one_unless_nofd),
+    Request.SET_VRING_ERR: Rule(U64, _one_unless_nofd),
     Request.GET_PROTOCOL_FEATURES: Rule(NOTHING, refusal=_ZERO),
     Request.SET_PROTOCOL_FEATURES: Rule(U64),
     Request.GET_QUEUE_NUM: Rule(NOTHING, feature=ProtocolFeature.MQ, refusal=_ZERO),

@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 from ninepd.errors import Refused
 from ninepd.vhostuser.messages import (
     CONFIG,
+    LOG_AREA,
+    LOG_USED,
     NEED_REPLY,
     NOFD,
     REQUESTS,
     U64,
     VRING_STATE,
     Config,
+    LogArea,
     MemoryRegion,
     Message,
     ProtocolFeature,
@@ -96,6 +99,26 @@ class SetChannel:
 
 
 @dataclass(frozen=True, slots=True)
+class SetLog:
+    """Replace the dirty log."""
+
+    area: LogArea
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropLog:
+    """Nothing is logged any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetLogSignal:
+    """Replace the eventfd that tells of new marks in the log."""
+
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
 class RingFault:
     """The ring was told to run and cannot: signal the err eventfd. Comes with a refusal."""
 
@@ -123,6 +146,9 @@ Effect = (
     | SetCall
     | SetErr
     | SetChannel
+    | SetLog
+    | DropLog
+    | SetLogSignal
     | RingFault
     | StopRing
     | ResetSession
@@ -157,14 +183,27 @@ class Session:
         except Refused as refusal:
             return self.refuse(step, str(refusal))
         self.state = done.state
-        return replace(step, effect=done.effect, reply=_answer(message, done.body))
+        return replace(step, effect=done.effect, reply=self._answer(message, done.body))
 
     def refuse(self, step: Step, reason: str) -> Step:
         """The step that takes ``step`` back, for an effect that could not be applied."""
         self.state = step.before
         rule = REQUESTS.get(step.message.header.request)
-        body = _NACK if rule is None or rule.refusal is None else rule.refusal
-        return Step(step.message, step.before, None, _answer(step.message, body), reason)
+        refusal = None if rule is None else rule.refusal_with(self.state.protocol_features)
+        body = _NACK if refusal is None else refusal
+        return Step(step.message, step.before, None, self._answer(step.message, body), reason)
+
+    def _answer(self, message: Message, body: bytes) -> bytes | None:
+        """A request with a body of its own is answered always, others if the message asks for it.
+
+        The bit in the message counts, not REPLY_ACK: User-Mode Linux sets it on the very
+        SET_PROTOCOL_FEATURES that negotiates it (arch/um/drivers/virtio_uml.c).
+        """
+        rule = REQUESTS.get(message.header.request)
+        waits = rule is not None and rule.refusal_with(self.state.protocol_features) is not None
+        if waits or message.header.flags & NEED_REPLY:
+            return reply(message.header.request, body)
+        return None
 
     def parked_at(self, base: int) -> None:
         """The device stopped the ring; ``base`` is the next available entry to take."""
@@ -187,19 +226,6 @@ class _Done(NamedTuple):
     body: bytes = _ACK
 
 
-def _answer(message: Message, body: bytes) -> bytes | None:
-    """A request with a body of its own is answered always, others if the message asks for it.
-
-    The bit in the message counts, not REPLY_ACK: User-Mode Linux sets it on the very
-    SET_PROTOCOL_FEATURES that negotiates it (arch/um/drivers/virtio_uml.c).
-    """
-    rule = REQUESTS.get(message.header.request)
-    has_body = rule is not None and rule.refusal is not None
-    if has_body or message.header.flags & NEED_REPLY:
-        return reply(message.header.request, body)
-    return None
-
-
 def _number(value: int) -> "_Handler":
     return lambda state, _body, _fds: _Done(state, body=U64.pack(value))
 
@@ -209,7 +235,9 @@ def _set_features(state: State, features: int, _fds: tuple[int, ...]) -> _Done:
         raise Refused(f"feature bits {extra:#x} were not offered")
     # Without PROTOCOL_FEATURES no SET_VRING_ENABLE will come.
     enabled = state.ring.enabled or not features & VirtioFeature.PROTOCOL_FEATURES
-    return _Done(replace(state, features=features).with_ring(enabled=enabled))
+    changed = replace(state, features=features).with_ring(enabled=enabled)
+    # A guest can take LOG_ALL, too, since QEMU shows it: harmless without a log.
+    return _Done(changed, DropLog() if state.logging and not changed.logging else None)
 
 
 def _set_protocol_features(state: State, features: int, _fds: tuple[int, ...]) -> _Done:
@@ -268,6 +296,14 @@ def _rem_mem_reg(state: State, wanted: MemoryRegion, _fds: tuple[int, ...]) -> _
     raise Refused(f"there is no memory region of {wanted.size:#x} bytes at {wanted.gpa:#x}")
 
 
+def _set_log_base(state: State, area: LogArea, fds: tuple[int, ...]) -> _Done:
+    return _Done(state, SetLog(area, fds[0]), LOG_AREA.pack(area))
+
+
+def _set_log_fd(state: State, _body: tuple[()], fds: tuple[int, ...]) -> _Done:
+    return _Done(state, SetLogSignal(fds[0]))
+
+
 def _set_vring_num(state: State, vring: VringState, _fds: tuple[int, ...]) -> _Done:
     _check_queue(vring.queue)
     if not 0 < vring.num <= MAX_QUEUE_SIZE or vring.num & (vring.num - 1):
@@ -276,9 +312,10 @@ def _set_vring_num(state: State, vring: VringState, _fds: tuple[int, ...]) -> _D
 
 
 def _set_vring_addr(state: State, addr: VringAddr, _fds: tuple[int, ...]) -> _Done:
-    # Flags and log address are for the dirty log, which is not offered.
     _check_queue(addr.queue)
-    parts = {"desc": addr.desc, "avail": addr.avail, "used": addr.used}
+    # Without the flag the log address means nothing: User-Mode Linux sends ~0.
+    log = addr.log if addr.flags & LOG_USED else None
+    parts = {"desc": addr.desc, "avail": addr.avail, "used": addr.used, "log": log}
     return _Done(_sound(state.with_ring(**parts, addressed=True, readdressed=state.ring.broken)))
 
 
@@ -340,6 +377,8 @@ _HANDLERS: Mapping[int, _Handler] = {
     Request.SET_OWNER: _set_owner,
     Request.RESET_OWNER: _reset_owner,
     Request.SET_MEM_TABLE: _set_mem_table,
+    Request.SET_LOG_BASE: _set_log_base,
+    Request.SET_LOG_FD: _set_log_fd,
     Request.SET_VRING_NUM: _set_vring_num,
     Request.SET_VRING_ADDR: _set_vring_addr,
     Request.SET_VRING_BASE: _set_vring_base,

@@ -12,9 +12,12 @@ from typing import Any
 
 from ninepd.errors import Refused
 from ninepd.vhostuser.messages import MemoryRegion, VirtioFeature
+from ninepd.vring import REGIONS_MAX, RING_MAX
 
-MAX_QUEUE_SIZE = 32768  # virtio 1.3, 2.7; crosvm's default
-MAX_MEM_SLOTS = 509  # what KVM leaves to users; QEMU wants the number never to shrink
+MAX_QUEUE_SIZE = RING_MAX  # virtio 1.3, 2.7; crosvm's default
+MAX_MEM_SLOTS = REGIONS_MAX  # QEMU wants the number never to shrink
+# Without indirect descriptors a request and its reply, a page each that may straddle two.
+_DESCRIPTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class RingState:
     avail: int = 0
     used: int = 0
     base: int = 0
+    # Where the dirty log has the used ring, if writes to it are logged.
+    log: int | None = None
     addressed: bool = False
     started: bool = False
     enabled: bool = False
@@ -61,6 +66,11 @@ class State:
         return self.ring.started and self.ring.enabled and not self.ring.broken
 
     @property
+    def logging(self) -> bool:
+        """Is the front end told which pages are written to, given a log to tell it in?"""
+        return bool(self.features & VirtioFeature.LOG_ALL)
+
+    @property
     def runnable(self) -> bool:
         return self.wanted and self.ring_fault() is None
 
@@ -69,6 +79,8 @@ class State:
         ring = self.ring
         if not ring.num or not ring.addressed:
             return "the ring has no size or no addresses"
+        if ring.num < _DESCRIPTORS and not self.features & VirtioFeature.INDIRECT_DESC:
+            return f"a ring of {ring.num} without indirect descriptors cannot hold a 9P request"
         if not self.regions:
             return "no guest memory is shared (QEMU: its memory backend needs share=on)"
         event = 2 if self.features & VirtioFeature.EVENT_IDX else 0

@@ -173,3 +173,24 @@ def test_sigterm_while_the_guest_works(front: str, start_daemon: StartDaemon, ex
         assert not Path(daemon.socket).exists()
     finally:
         guest.kill()
+
+
+def test_the_pages_that_devices_write_are_measured(start_daemon: StartDaemon, export: Path) -> None:
+    """QEMU switches the dirty log on and off below a mounted guest, and cannot do without it."""
+    daemon = start_daemon()
+    (export / "data").write_bytes(bytes(16 << 20))
+    with boot("qemu-7.2", [Share(TAG, daemon.socket)]) as guest:
+        guest.mount(TAG, msize=512000)
+        for _ in range(2):
+            reading = guest.start("while :; do cat /mnt/data > /dev/null; done")
+            guest.qmp("calc-dirty-rate", calc_time=1, mode="dirty-bitmap")
+            eventually(
+                lambda: guest.qmp("query-dirty-rate")["status"] == "measured",
+                "QEMU measures the rate",
+                60,
+            )
+            assert guest.qmp("query-dirty-rate")["dirty-rate"] > 0
+            reading.kill()
+            with pytest.raises(GuestError):
+                reading.wait()
+            check(guest, export, "after")
