@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from ninepd.errors import Refused
+from ninepd.syscalls import fd_path
 from ninepd.vring import device_of
 
 _EVENTFD: Final = "anon_inode:[eventfd]"
@@ -66,7 +67,7 @@ def check_memory(fd: int) -> None:
 
 
 def _link(fd: int) -> str:
-    return os.readlink(f"/proc/self/fd/{fd}")
+    return os.readlink(fd_path(fd))
 
 
 def _is_eventfd(fd: int) -> bool:
