@@ -21,6 +21,7 @@ SOURCES = (
     "_vring.c",
     "_waiting.c",
     "_syscalls.c",
+    "_process.c",
 )
 """In this order: each uses what stands before it."""
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 import click
-import uvloop
 
-from ninepd import __version__, config, qemu
-from ninepd.daemon import serve as serve_exports
+from ninepd import __version__, config, qemu, supervisor
 from ninepd.errors import UsageError
+from ninepd.logs import start_logging
+from ninepd.process import open_standard_descriptors, write_error
 
 USAGE_ERROR: Final = 2
 CAPABILITIES: Final = {"type": "9p", "features": []}
@@ -23,17 +23,15 @@ NO_GUESTS: Final = (
     "the demo needs ninepd-guests: install it from a checkout with pip install ./guests"
 )
 
-_TRACE_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_FORMAT: Final = "ninepd: %(message)s"
-
 
 def _fail(message: str) -> NoReturn:
-    print(f"ninepd: {message}", file=sys.stderr)  # noqa: T201 - the one place for it
+    write_error(f"ninepd: {message}")
     sys.exit(USAGE_ERROR)
 
 
 def _run(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; whatever the user got wrong is one line and exit status 2."""
+    open_standard_descriptors()
     try:
         result = command.main(arguments, name, standalone_mode=False)
     except click.UsageError as error:
@@ -78,12 +76,6 @@ def _print_capabilities(context: click.Context, _parameter: click.Parameter, val
 )
 def cli() -> None:
     """Serve host directories to virtual machines as 9P2000.L over vhost-user."""
-
-
-def _start_logging(verbose: bool, trace: bool) -> None:
-    level = logging.DEBUG if trace else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format=_TRACE_FORMAT if trace else _FORMAT)
-    logging.captureWarnings(capture=True)
 
 
 def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +133,13 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _config_option(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    # Without its own name here the variable would be called after the parameter.
+    return click.option(
+        "--config", "config_path", envvar="NINEPD_CONFIG", metavar="FILE", help=words
+    )
+
+
 def _exports(
     context: click.Context, config_path: str | None, single: dict[str, Any]
 ) -> tuple[config.Export, ...]:
@@ -158,7 +157,13 @@ def _exports(
 
 @cli.command(context_settings={"auto_envvar_prefix": "NINEPD"})
 @_export_options
-@click.option("--config", "config_path", metavar="FILE", help="Serve the exports of a TOML file.")
+@click.option(
+    "--config",
+    "config_path",
+    envvar="NINEPD_CONFIG",
+    metavar="FILE",
+    help="Serve the exports of a TOML file.",
+)
 @click.option("--once", is_flag=True, help="Exit when the first front end has left.")
 @click.option("-v", "--verbose", is_flag=True, help="Log front ends that come and go.")
 @click.option("--trace", is_flag=True, help="Log every message.")
@@ -174,19 +179,23 @@ def serve(
 ) -> None:
     """Serve a directory to the guests that connect, one at a time."""
     chosen = config.Config(_exports(context, config_path, single), once)
-    _start_logging(verbose, trace)
-    uvloop.run(serve_exports(chosen))
+    start_logging(verbose, trace)
+    status = supervisor.serve(chosen)
     # A worker that hangs on dead storage must not keep the process (Python would join it).
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 @cli.command("qemu-args", context_settings={"auto_envvar_prefix": "NINEPD"})
 @click.option("--socket-path", metavar="PATH", help="The socket that ninepd listens on.")
 @click.option("--tag", help="The tag that ninepd was given.")
-@click.option("--config", "config_path", metavar="FILE", help="For the exports of a TOML file.")
+@click.option(
+    "--config",
+    "config_path",
+    envvar="NINEPD_CONFIG",
+    metavar="FILE",
+    help="For the exports of a TOML file.",
+)
 @click.option("--memory", default="1G", show_default=True, help="Size of the guest's memory.")
 @click.option(
     "--machine",

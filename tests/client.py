@@ -76,7 +76,7 @@ class Readiness:
             ready, _, _ = select.select([self._socket.fileno(), end], [], [], timeout)
         finally:
             os.close(end)
-        return self._socket.fileno() in ready and self._socket.recv(256) == b"READY=1"
+        return self._socket.fileno() in ready and self._socket.recv(4096).startswith(b"READY=1")
 
 
 class Daemon:

@@ -17,8 +17,9 @@ LAYERS: Final = (
     {"__main__"},
     {"cli"},
     {"qemu"},
+    {"supervisor"},
     {"daemon"},
-    {"connection", "listener"},
+    {"connection", "listener", "systemd"},
     {"control", "device", "frontend"},
     {"pipeline"},
     {"jobs"},
@@ -26,8 +27,9 @@ LAYERS: Final = (
     {"ops"},
     {"export"},
     {"vhostuser", "p9"},
+    {"logs"},
     {"foreign"},
-    {"vring", "syscalls", "stats", "config", "capabilities"},
+    {"vring", "syscalls", "stats", "config", "capabilities", "process"},
     {"errors", "tuples", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

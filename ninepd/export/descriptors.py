@@ -24,9 +24,9 @@ RESERVE_MAX: Final = 256
 """Descriptors kept back for sockets, guest memory, eventfds and what one request needs."""
 
 
-def budget_of(limit: int, exports: int = 1) -> int:
-    """How many of ``limit`` descriptors the fids of each export may keep open."""
-    return (limit - min(RESERVE_MAX, max(limit // 4, 64))) // exports
+def budget_of(limit: int) -> int:
+    """How many of ``limit`` descriptors fids may keep open."""
+    return limit - min(RESERVE_MAX, max(limit // 4, 64))
 
 
 _thread = threading.local()

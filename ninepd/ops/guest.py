@@ -29,7 +29,9 @@ MAX_XATTR_FIDS: Final = 1024
 class Guest:
     """One guest's fids, locks, values of extended attributes, and session on an export."""
 
-    def __init__(self, tree: Tree, msize_max: int) -> None:
+    def __init__(self, tree: Tree, msize_max: int, tag: str = "") -> None:
+        """``tag`` is what the export is called in the log."""
+        self.tag = tag
         self.tree = tree
         self.host = tree.host
         self._msize_max = msize_max
@@ -167,14 +169,15 @@ class Guest:
 class Service:
     """An export, and whatever session a guest has with it now."""
 
-    def __init__(self, tree: Tree, msize_max: int) -> None:
+    def __init__(self, tree: Tree, msize_max: int, tag: str) -> None:
         self._tree = tree
+        self._tag = tag
         self._msize_max = msize_max
-        self.guest = Guest(tree, msize_max)
+        self.guest = Guest(tree, msize_max, tag)
 
     def renew(self) -> Guest:
         """The session is over, and a new one may begin. Returns the old guest, for its ``end``,
         which may take as long as the storage of its files takes.
         """
-        old, self.guest = self.guest, Guest(self._tree, self._msize_max)
+        old, self.guest = self.guest, Guest(self._tree, self._msize_max, self._tag)
         return old

@@ -1,0 +1,51 @@
+"""What the process has from the kernel: its name, its standard descriptors, its limits."""
+
+import contextlib
+import os
+import resource
+import sys
+from typing import Final, Protocol, cast
+
+import ninepd._libvring as _libvring
+
+
+class _Lib(Protocol):
+    def nd_name_process(self, name: bytes) -> int: ...
+
+
+_lib: Final = cast("_Lib", _libvring.lib)
+
+
+def open_standard_descriptors() -> None:
+    """Whatever of 0 to 2 is closed becomes /dev/null, before something else gets that number.
+
+    Else the number of an epoll descriptor or a front end is where errors are written to.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            os.set_inheritable(fd, True)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def write_error(line: str) -> None:
+    """A line to standard error, in one piece; whether somebody reads it or not."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+
+
+def raise_file_limit() -> int:
+    """A fid is a descriptor: take all that is allowed, and say how many that is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def name_process(name: str) -> None:
+    """What ps(1) and top(1) show, if the kernel lets us; cut to the room that there is."""
+    _lib.nd_name_process(os.fsencode(f"ninepd: {name}"))
