@@ -39,6 +39,7 @@ from ninepd.ops.table import ROWS, Row
 from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
     CODEC_OF,
+    CODECS,
     HEADER_SIZE,
     IO_HEADER,
     NUMBERS,
@@ -553,7 +554,7 @@ class Pipeline:
     def _finish(self, head: int, tag: int, reply: Reply) -> None:
         """Encode a reply into the slot; one that does not fit becomes an error."""
         if self._tracing:
-            trace.debug("%s: tag %d %s", self._name, tag, reply)
+            trace.debug("%s: tag %d %s", self._name, tag, self._readable(head, reply))
         if isinstance(reply, Encoded):
             # Its space was checked beforehand, like that of all replies of a fixed size.
             size = HEADER_SIZE + reply.size
@@ -591,6 +592,13 @@ class Pipeline:
         """The guest's memory went away, and with it the place for a reply."""
         log.info("%s: a reply cannot be delivered: %s", self._name, error)
         self._push(head, 0, 0, 0)
+
+    def _readable(self, head: int, reply: Reply) -> Reply:
+        """For the trace: what C has encoded is decoded again."""
+        if not isinstance(reply, Encoded):
+            return reply
+        start = head * self._reply_stride + HEADER_SIZE
+        return CODECS[reply.number].decode(self._replies, start, start + reply.size)
 
     def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
         if type(reply) not in ERRORS:

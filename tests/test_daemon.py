@@ -276,6 +276,28 @@ def test_closed_standard_error_is_harmless(launch: Launch, tmp_path: Path, expor
     assert process.wait(5) == 0
 
 
+def test_closed_standard_error_when_it_cannot_start(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ninepd", "serve", "--export", "/nowhere", "--tag", "t"]
+    assert subprocess.run(command, stderr=write, timeout=20).returncode == 2
+    os.close(write)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_standard_descriptors(
+    start_daemon: StartDaemon, tmp_path: Path, export: Path, closed: tuple[int, ...]
+) -> None:
+    """Their numbers are not given to anything else, which would be written to."""
+    shell = "".join(f" {fd}<&-" for fd in closed)
+    daemon = start_daemon("-v", launcher=["sh", "-c", f'exec "$@"{shell}', "sh"])
+    with Client(daemon.socket) as client:
+        client.attach()
+        for fd in closed:
+            assert os.readlink(f"/proc/{daemon.pid}/fd/{fd}") == "/dev/null"
+    assert daemon.stop() == 0
+
+
 # Several exports
 
 

@@ -85,7 +85,7 @@ def test_two_daemons_at_once(tmp_path: Path, export: Path, stale: bool) -> None:
                 sock.bind(str(path))
         processes = [
             subprocess.Popen(
-                [*command, "--export", export, "--tag", "t"], stderr=subprocess.PIPE, text=True
+                [*command, "--export", str(export), "--tag", "t"], stderr=subprocess.PIPE, text=True
             )
             for _ in range(2)
         ]

@@ -145,6 +145,8 @@ class Budget:
         self._hand = 0
         """Who is looked at next, round and round."""
         self._calls_to_skip = 0
+        self._exhausted = False
+        """Has it been said that there are too few? Once, until there is room again."""
 
     @property
     def used(self) -> int:
@@ -177,11 +179,20 @@ class Budget:
         What a caller has read from ``fd`` before may not be used behind it.
         """
         if len(self._open) + wanted <= self.limit:
+            if self._exhausted and len(self._open) < self._high:
+                self._exhausted = False
             return
         if not on_worker():
             self._calls_to_skip = 0
             self.make_room()
         if len(self._open) + wanted > self.limit:
+            if not self._exhausted:
+                log.warning(
+                    "guests are refused new files: all %d descriptors are in use; raise the limit "
+                    "of open files (LimitNOFILE=)",
+                    self.limit,
+                )
+            self._exhausted = True
             raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
 
     def make_room(self) -> None:

@@ -1,6 +1,7 @@
 """Tauth, Tattach, Twalk, Tclunk: how fids come and go."""
 
 import errno
+import logging
 from typing import Final
 
 from ninepd.export.handles import Handle, HandleTable
@@ -24,6 +25,8 @@ from ninepd.p9.messages import (
 )
 from ninepd.p9.session import Dialect
 from ninepd.tuples import made
+
+log = logging.getLogger(__name__)
 
 _CLUNKED: Final = Rclunk()
 _RWALK_FIXED: Final = 9
@@ -64,7 +67,19 @@ def attach(guest: Guest, message: Tattach, _payload: Payload) -> Reply:
         handles.release(handle)
         raise
     guest.add(message.fid, handle, uid).attached = True
+    _log_mount(guest, uid)
     return Rattach(qid)
+
+
+def _log_mount(guest: Guest, uid: int) -> None:
+    session = guest.session
+    log.info(
+        "%s: mounted, version %s, msize %d, user %s",
+        guest.tag,
+        session.dialect.value.decode(),
+        session.msize,
+        "unknown" if uid == NO_ID else uid,
+    )
 
 
 def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
