@@ -15,7 +15,7 @@ all: $(VENV)/built
 
 # Ask for a boot of a guest: a tour, or with DIR=... a shell with that directory on /mnt.
 demo: $(VENV)/built
-	@$(BIN)/ninepd demo $(DIR)
+	@$(BIN)/ninepd demo $${DIR:+"$$DIR"}
 
 # Everything, booted guests included. PYTEST_ARGS narrows it down.
 test: lint guests

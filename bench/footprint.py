@@ -4,6 +4,8 @@ import contextlib
 import glob
 import os
 import re
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from .setting import Server, Setting, export, many_files, ninepd, program, ring_
 
 _STARTS = 5
 _FIRST_FIDS = 1000
+ALONE, STOPPED, KILLED = "untouched", "stopped", "killed"
 _WAKE_UPS = re.compile(r"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
@@ -111,6 +114,7 @@ def _listing(setting: Setting, tree: str) -> list[Sample]:
 
 
 def _exports(setting: Setting, tree: str) -> list[Sample]:
+    """Many exports that are idle, and what a guest at one of them feels of another's end."""
     count = setting.plan.exports
     sockets = [os.path.join(setting.memory, f"export{i}.sock") for i in range(count)]
     config = os.path.join(setting.memory, "exports.toml")
@@ -121,31 +125,55 @@ def _exports(setting: Setting, tree: str) -> list[Sample]:
                 f'[[export]]\nexport = "{tree}"\ntag = "export{i}"\nsocket-path = "{path}"\n'
                 f'security-model = "{model}"\n'
             )
-    samples = []
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(ninepd("--config", config, ready=sockets[0]))
+    start = time.monotonic()
+    with ninepd("--config", config, ready=sockets[0]) as supervisor:
         for path in sockets:
-            one = Server(server.pid, path, server.ready_seconds)
-            stack.enter_context(_idle_guest(one))
-        together = {"rss_kib": _kib(server.pid, "Rss"), "pss_kib": _kib(server.pid, "Pss")}
-        samples.append(
-            {"what": "exports", "who": "one process", "exports": count,
-             "ms": server.ready_seconds * 1000, **together}
-        )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(export(tree, path)) for path in sockets]
-        for one in servers:
-            stack.enter_context(_idle_guest(one))
-        rss, pss = (sum(_kib(one.pid, name) for one in servers) for name in ("Rss", "Pss"))
-        apart = {"rss_kib": rss, "pss_kib": pss}
-        samples.append({"what": "exports", "who": "a process each", "exports": count, **apart})
+            _until_answered(path)
+        ms = (time.monotonic() - start) * 1000
+        workers = _children(supervisor.pid)
+        pss = [_kib(pid, "Pss") for pid in workers]
+        before = sum(map(_wake_ups, [supervisor.pid, *workers]))
+        time.sleep(setting.plan.idle_seconds)
+        rate = (sum(map(_wake_ups, [supervisor.pid, *workers])) - before) / (
+            setting.plan.idle_seconds
+        )
+        idle = {"exports": count, "ms": ms, "pss_kib": max(pss), "wake_ups_per_second": rate}
+        samples: list[Sample] = [{"what": "exports", **idle}]
+        one = Server(workers[0], sockets[0], 0)
+        for turn in range(setting.plan.rounds):
+            for who, number in ((ALONE, 0), (STOPPED, signal.SIGSTOP), (KILLED, signal.SIGKILL)):
+                # Another one each time: the wait before a process starts again grows.
+                other = workers[1 + turn % (len(workers) - 1)]
+                if number:
+                    os.kill(other, number)
+                sample = drive(one, "getattr", 1, setting.plan.ms, "--indirect")
+                samples.append({"what": "neighbour", "who": who, "round": turn, **sample})
+                if number == signal.SIGSTOP:
+                    os.kill(other, signal.SIGCONT)
+            workers = [workers[0], *(pid for pid in _children(supervisor.pid) if pid != workers[0])]
     return samples
+
+
+def _children(pid: int) -> list[int]:
+    """In the order in which they were started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def _until_answered(path: str) -> None:
+    """Connect as a front end, and wait for an answer: to GET_FEATURES."""
+    with socket.socket(socket.AF_UNIX) as front_end:
+        front_end.connect(path)
+        front_end.send((1).to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes(4))
+        front_end.recv(20, socket.MSG_WAITALL)
 
 
 def report(all_samples: list[Sample]) -> list[Section]:
     samples = Samples(all_samples)
     start = samples.where(what="start").spread(lambda sample: float(sample["ms"]))
     idle = samples.where(what="idle").all[0]
+    many = samples.where(what="exports").all[0]
+    neighbours = samples.where(what="neighbour")
     section = Section("Footprint and scale")
     fids, listing = samples.where(what="fids"), samples.where(what="list")
     section.text += [
@@ -164,12 +192,16 @@ def report(all_samples: list[Sample]) -> list[Section]:
         (f"A listing of {listing.all[0]['entries']:,} entries, with a statx each: "
         f"{listing.where(who='ring').spread(_ms)} ms at the ring, "
         f"{listing.where(who='bare').spread(_ms)} ms by bare system calls."),
-        "Exports, each with an idle guest connected.",
+        (f"{many['exports']} idle exports, a process each: all answer {many['ms']:,.0f} ms after "
+        f"the start; PSS {_mb(many['pss_kib'])} at most, {many['wake_ups_per_second']:g} wake-ups "
+        "per second of all. A getattr at one of them, microseconds, while nothing happens, while the "
+        "process of another is stopped, and while one is killed and starts again:"),
         table(
-            ["exports", "", "RSS", "PSS"],
+            ["another process is", "p50", "p99"],
             [
-                [s["exports"], s["who"], _mb(s["rss_kib"]), _mb(s["pss_kib"])]
-                for s in samples.where(what="exports").all
+                [who, neighbours.where(who=who).spread(microseconds),
+                 neighbours.where(who=who).spread(_p99)]
+                for who in (ALONE, STOPPED, KILLED)
             ],
         ),
     ]  # fmt: skip
@@ -178,9 +210,16 @@ def report(all_samples: list[Sample]) -> list[Section]:
         Target.at_most("exec to listening", 250, middle(start), " ms"),
         Target.at_most("RSS idle", 45, idle["rss_kib"] / 1024, " MiB"),
         Target.at_most("wake-ups per second, idle", 0, idle["wake_ups_per_second"]),
+        Target.at_most("start of all exports", 3000, many["ms"], " ms"),
+        Target.at_most("PSS of an idle export", 6, many["pss_kib"] / 1024, " MiB"),
+        Target.at_most("wake-ups per second, all exports idle", 0, many["wake_ups_per_second"]),
         Target.at_most("a fid beyond the first 1,000", 400, largest, " bytes"),
     ]
     return [section]
+
+
+def _p99(sample: Sample) -> float:
+    return float(sample["p99_ns"]) / 1000
 
 
 def _ms(sample: Sample) -> float:

@@ -51,6 +51,7 @@ class Plan:
     """Of the large file that a guest reads and writes."""
     fids: int
     exports: int
+    """Of one daemon; a guest works at one of them."""
     idle_seconds: float
     stall_ms: int
     build: bool
@@ -62,8 +63,8 @@ PLANS: Final = {
     for plan in (
         Plan("tiny", 1, 5, (1, 8), ("getattr", "read-4k", "readdir"), 1, 1, 20, 32, 1, 2000, 2, 0.2,
              100, False),
-        Plan("quick", 5, 60, (1, 8, 64), (), 3, 2, 100, 500, 32, 100_000, 10, 3, 2000, True),
-        Plan("full", 15, 200, (1, 8, 64), (), 7, 5, 400, 2000, 256, 1_000_000, 50, 5, 5000, True),
+        Plan("quick", 5, 60, (1, 8, 64), (), 3, 2, 100, 500, 32, 100_000, 100, 3, 2000, True),
+        Plan("full", 15, 200, (1, 8, 64), (), 7, 5, 400, 2000, 256, 1_000_000, 100, 5, 5000, True),
     )
 }  # fmt: skip
 

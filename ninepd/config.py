@@ -1,10 +1,11 @@
 """What the user chose, checked once. Whatever cannot work is a UsageError that names the option."""
 
 import os
+import re
 import socket
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from typing import Any, Final
@@ -151,12 +152,20 @@ class Config:
     def __post_init__(self) -> None:
         if not self.exports:
             raise UsageError("--config: there is no [[export]] in it")
-        for what in ("tag", "socket_path", "fd"):
-            values = [v for export in self.exports if (v := getattr(export, what)) is not None]
-            for value in values:
-                if values.count(value) > 1:
-                    option = what.replace("_", "-")
-                    raise UsageError(f"--config: {option} {value!r} is used by two exports")
+        for at, export in enumerate(self.exports):
+            check_distinct(export, self.exports[:at])
+
+
+def check_distinct(export: Export, others: Iterable[Export]) -> None:
+    """UsageError if one of the others has its tag or its socket."""
+    for name in ("tag", "socket_path", "fd"):
+        value = getattr(export, name)
+        if value is not None and value in [getattr(other, name) for other in others]:
+            raise UsageError(f"--{_option(name)}: {value!r} is used by two exports")
+
+
+def _option(field: str) -> str:
+    return field.replace("_", "-")
 
 
 _TYPES: Final = {str: "a string", int: "a whole number", bool: "true or false"}
@@ -168,32 +177,64 @@ def _export_from(table: Mapping[str, Any]) -> Export:
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise UsageError(f"--config: option {key!r} is unknown")
+            raise UsageError(f"--{key}: this option is unknown")
+        if name in values:
+            raise UsageError(f"--{key}: it is given twice")
         default = known[name].default
         expected = str if default is MISSING or default is None else type(default)
         if name == "fd":
             expected = int
         if type(value) is not expected:
-            raise UsageError(f"--config: {key} must be {_TYPES[expected]}")
+            raise UsageError(f"--{key}: {key} must be {_TYPES[expected]}")
         values[name] = value
     for field in known.values():
         if field.default is MISSING and field.name not in values:
-            raise UsageError(f"--config: an export has no {field.name}")
+            raise UsageError(f"there is no {_option(field.name)}")
     return Export(**values)
 
 
 def load(path: str) -> tuple[Export, ...]:
     """The exports of a TOML file: tables ``[[export]]`` with the long options as keys."""
     try:
-        with open(path, "rb") as file:
-            document = tomllib.load(file)
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+        document = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"--config: {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config: {path} is not valid TOML: {error}") from None
     tables = document.pop("export", [])
     if document:
-        raise UsageError(f"--config: {next(iter(document))!r} is unknown, only [[export]] is")
+        key = next(iter(document))
+        raise UsageError(f"--config: {path}: {key!r} is unknown, only [[export]] is")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UsageError("--config: write each export as a table [[export]]")
-    return tuple(map(_export_from, tables))
+        raise UsageError(f"--config: {path}: write each export as a table [[export]]")
+    exports: list[Export] = []
+    for number, table in enumerate(tables, 1):
+        try:
+            export = _export_from(table)
+            check_distinct(export, exports)
+        except UsageError as error:
+            place = _place(text, number, str(error))
+            raise UsageError(f"--config: {path}, {place}: {error}") from None
+        exports.append(export)
+    return tuple(exports)
+
+
+def _place(text: str, number: int, message: str) -> str:
+    """The line of an export that a message is about: the option's that it begins with, if any.
+
+    Found by a look at how lines begin, since tomllib tells no lines; text in three quotes could
+    mislead it, which is no reason for a parser.
+    """
+    option = re.match(r"--([\w-]+):", message)
+    key = re.escape(option[1]) if option else r"(?!)"
+    found, tables = 0, 0
+    for at, line in enumerate(text.split("\n"), 1):
+        if re.match(r"\s*\[\[\s*[\"\']?export[\"\']?\s*\]\]", line):
+            tables += 1
+            if tables == number:
+                found = at
+        elif tables == number and re.match(rf"\s*[\"\']?{key}[\"\']?\s*=", line):
+            found = at
+    return f"line {found} (export {number})" if found else f"export {number}"

@@ -1,6 +1,7 @@
 """The QEMU side: the exact arguments that put a guest in front of ninepd."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,6 +11,9 @@ from ninepd.errors import UsageError
 QUEUE_SIZE: Final = 128
 """Descriptors in the ring: what the Linux driver uses for one request (trans_virtio.c)."""
 _BUS_SUFFIX: Final = {"q35": "-pci", "pc": "-pci", "virt": "-pci", "microvm": ""}
+_VERSIONED: Final = {"pc-q35-": "q35", "pc-i440fx-": "pc", "virt-": "virt"}
+"""Machine types of a QEMU version, such as pc-q35-10.2, and what they are."""
+_MEMORY: Final = re.compile(r"\d+(\.\d+)?[BKMGTPE]?", re.ASCII | re.IGNORECASE)
 
 
 def _escape(value: str) -> str:
@@ -17,7 +21,14 @@ def _escape(value: str) -> str:
 
 
 def memory_arguments(memory: str, machine: str) -> list[str]:
-    """Guest memory that ninepd can map: without share=on it would read zeros."""
+    """Guest memory that ninepd can map: without share=on it would read zeros.
+
+    UsageError for a size that QEMU would not understand.
+    """
+    if not _MEMORY.fullmatch(memory):
+        raise UsageError(f"--memory: {memory!r} is no size; write 4G, or 4096 for MiB")
+    if memory[-1].isdigit():
+        memory += "M"  # as -m reads it; for memory-backend-memfd these would be bytes
     return [
         "-machine",
         f"{machine},memory-backend=mem",
@@ -59,6 +70,9 @@ def arguments(
 
 def _machine_type(machine: str) -> str:
     name = machine.split(",", 1)[0]
+    for prefix, kind in _VERSIONED.items():
+        if name.startswith(prefix):
+            return kind
     if name not in _BUS_SUFFIX:
         raise UsageError(f"--machine: {name!r} is unknown; use one of {', '.join(_BUS_SUFFIX)}")
     return name

@@ -331,6 +331,13 @@ def test_bad_environment_is_refused_like_an_option(options: dict[str, str]) -> N
     assert "msize-max" in refusal("serve", *flat(options), env={"NINEPD_MSIZE_MAX": "x"}).lower()
 
 
+def test_environment_gives_a_config_file(tmp_path: Path, options: dict[str, str]) -> None:
+    env = {"NINEPD_CONFIG": "/nowhere/c.toml"}
+    assert "/nowhere/c.toml" in refusal("serve", env=env)
+    assert "/nowhere/c.toml" in refusal("qemu-args", env=env)
+    assert "--config" in refusal("serve", *flat(options), env=env)
+
+
 # qemu-args
 
 
@@ -383,6 +390,57 @@ def test_qemu_args_for_microvm(tmp_path: Path) -> None:
 def test_qemu_args_keep_machine_options(machine: str) -> None:
     result = run("qemu-args", "--socket-path", "/s", "--tag", "t", "--machine", machine)
     assert f"{machine},memory-backend=mem" in shlex.split(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("machine", "device"),
+    [
+        ("pc-q35-10.2", "vhost-user-test-device-pci,"),
+        ("pc-i440fx-10.2,accel=kvm", "vhost-user-test-device-pci,"),
+        ("virt-10.2", "vhost-user-test-device-pci,"),
+    ],
+)
+def test_qemu_args_know_versioned_machines(machine: str, device: str) -> None:
+    result = run("qemu-args", "--socket-path", "/s", "--tag", "t", "--machine", machine)
+    words = shlex.split(result.stdout)
+    assert f"{machine},memory-backend=mem" in words
+    assert any(word.startswith(device) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("memory", "both"), [("4096", "4096M"), ("512m", "512m"), ("1.5G", "1.5G"), ("64K", "64K")]
+)
+def test_qemu_args_name_one_size(memory: str, both: str) -> None:
+    """A number alone means MiB to -m and bytes to the memory backend."""
+    result = run("qemu-args", "--socket-path", "/s", "--tag", "t", "--memory", memory)
+    words = shlex.split(result.stdout)
+    assert words[words.index("-m") + 1] == both
+    assert f"memory-backend-memfd,id=mem,size={both},share=on" in words
+
+
+@pytest.mark.parametrize("memory", ["", "much", "-1", "4 G", "4G,slots=2", "4GB"])
+def test_qemu_args_refuse_what_is_no_size(memory: str) -> None:
+    line = refusal("qemu-args", "--socket-path", "/s", "--tag", "t", "--memory", memory)
+    assert line.startswith("--memory: ")
+
+
+@pytest.mark.parametrize("reader", ["eval", "xargs"])
+def test_qemu_args_survive_a_shell(reader: str) -> None:
+    """With blanks, commas, quotes and dollars in the path."""
+    path = '/run/a b,c\'s "$HOME".sock'
+    result = run("qemu-args", "--socket-path", path, "--tag", "t")
+    show = f"{sys.executable} -c 'import sys; print(*sys.argv[1:], sep=chr(10))'"
+    script = {"eval": 'eval "$SHOW $ARGS"', "xargs": 'printf %s "$ARGS" | eval "xargs $SHOW"'}
+    shown = subprocess.run(
+        ["sh", "-c", script[reader]],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        env={**os.environ, "SHOW": show, "ARGS": result.stdout},
+    )
+    words = shown.stdout.splitlines()
+    assert words == shlex.split(result.stdout)
+    assert "socket,id=ninepd0,path=" + path.replace(",", ",,") in words
 
 
 def test_qemu_args_refusals(tmp_path: Path) -> None:

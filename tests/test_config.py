@@ -62,7 +62,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ('msize-max = "8192"', "msize-max must be a whole number"),
         ("msize-max = true", "msize-max must be a whole number"),
         ("msize-max = 8192.5", "msize-max must be a whole number"),
-        ("msize-max = 4095", "--msize-max: 4095 is below 4096"),
+        ("msize-max = 4095", "line 5 (export 1): --msize-max: 4095 is below 4096"),
         ("msize-max = -1", "--msize-max"),
         ("poll-us = -1", "--poll-us"),
         ("poll-us = 10001", "--poll-us"),
@@ -86,7 +86,7 @@ def test_bad_line(tmp_path: Path, good: str, line: str, words: str) -> None:
         ("[export]\n", "[[export]]"),
         ("export = 5\n", "[[export]]"),
         ("export = [1]\n", "[[export]]"),
-        ("tag = 'x'\n", "'tag' is unknown"),
+        ("tag = 'x'\n", "config.toml: 'tag' is unknown"),
         ("[[exports]]\n", "'exports' is unknown"),
         ("[[export]]\ntag = 'x'\nsocket-path = '/x'\n", "no export"),
         ("[[export]]\nexport = '/'\nsocket-path = '/x'\n", "no tag"),
@@ -99,6 +99,40 @@ def test_bad_file(tmp_path: Path, text: str, words: str) -> None:
         load(write(tmp_path, text))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("poll-us = 'x'\n", 11, "poll-us must be a whole number"),
+        ("  'poll-us'  = -1\n", 11, "--poll-us: -1"),
+        ("# poll-us = 1\nreadonly = 5\n", 12, "readonly must be true or false"),
+        ("socket_path = 5\n", 11, "given twice"),
+        ("colour = 1\n", 11, "--colour: this option is unknown"),
+        ("fd = 5\n", 7, "one of --socket-path and --fd"),
+    ],
+)
+def test_place_of_what_is_wrong(
+    tmp_path: Path, good: str, export: Path, text: str, place: int, words: str
+) -> None:
+    """File, table and line; the table's if the fault is none of one line."""
+    second = f'\n# another\n [[export]]\ntag = "two"\nexport = "{export}"\nsocket-path = "/s"\n'
+    path = write(tmp_path, good + second + text)
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"--config: {path}, line {place} (export 2): ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "place"), [("tag", 6), ("socket-path", 7)])
+def test_place_of_what_two_exports_share(
+    tmp_path: Path, good: str, export: Path, line: str, place: int
+) -> None:
+    values = {"tag": "two", "socket-path": "/two"}
+    values[line] = {"tag": "one", "socket-path": f"{export}.sock"}[line]
+    text = "".join(f'{key} = "{value}"\n' for key, value in values.items())
+    with pytest.raises(UsageError, match=rf"line {place} \(export 2\): --{line}: .* two exports"):
+        load(write(tmp_path, f'{good}[[export]]\n{text}export = "{export}"\n'))
 
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:
