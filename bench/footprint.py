@@ -194,8 +194,8 @@ def report(all_samples: list[Sample]) -> list[Section]:
         f"{listing.where(who='bare').spread(_ms)} ms by bare system calls."),
         (f"{many['exports']} idle exports, a process each: all answer {many['ms']:,.0f} ms after "
         f"the start; PSS {_mb(many['pss_kib'])} at most, {many['wake_ups_per_second']:g} wake-ups "
-        "per second of all. A getattr at one of them, microseconds, while nothing happens, while the "
-        "process of another is stopped, and while one is killed and starts again:"),
+        "per second of all. A getattr at one of them, microseconds, while nothing happens, while "
+        "another's process is stopped, and while one is killed and starts again:"),
         table(
             ["another process is", "p50", "p99"],
             [
