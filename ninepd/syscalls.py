@@ -5,6 +5,7 @@ close. The interpreter lock is released during each call.
 """
 
 import errno
+import fcntl
 import os
 import sys
 from struct import Struct
@@ -24,6 +25,7 @@ _USUAL_VALUE: Final = 256
 
 _unpack_stat: Final = Struct("=4Q3I4x").unpack
 _STATFS: Final = Struct("=9Q")
+_FLOCK: Final = Struct("hhqqi4x")
 
 
 class Stat(NamedTuple):
@@ -272,6 +274,21 @@ def fstatfs(fd: int) -> Statfs:
     out = _new("nd_statfs *")
     _checked(_lib.nd_fstatfs(fd, out))
     return Statfs._make(_STATFS.unpack(_buffer(out)))
+
+
+def lock(fd: int, kind: int, start: int, length: int) -> None:
+    """Lock or unlock bytes for an open file description, without waiting; length 0: to the end."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def find_lock(fd: int, kind: int, start: int, length: int) -> tuple[int, int, int, int]:
+    """(kind, start, length, pid) of a lock that would be in the way, or F_UNLCK as the kind.
+
+    The pid of a lock that belongs to an open file description is -1.
+    """
+    request = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    found, _, at, size, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))
+    return found, at, size, pid
 
 
 def file_handle(fd: int) -> bytes:

@@ -34,7 +34,17 @@ class Fid:
     clunk leaves the descriptors open. It marks the fid ``doomed`` in any case.
     """
 
-    __slots__ = ("attached", "doomed", "elsewhere", "handle", "opened", "released", "uid", "users")
+    __slots__ = (
+        "attached",
+        "doomed",
+        "elsewhere",
+        "handle",
+        "locks",
+        "opened",
+        "released",
+        "uid",
+        "users",
+    )
 
     def __init__(self, handle: Handle, uid: int, elsewhere: Place | None = None) -> None:
         """Takes over one reference to ``handle`` and one to the directory in ``elsewhere``."""
@@ -45,6 +55,8 @@ class Fid:
         """Where it was found, if its handle was first found at another place."""
         self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users: i32 = 0
+        self.locks: i32 = 0
+        """How many ranges are locked through it."""
         self.doomed = False
         self.released = False
         """Has somebody taken it on to close what it holds?"""

@@ -16,7 +16,7 @@ from ninepd.export.tree import check_name
 from ninepd.ops import xattrs
 from ninepd.ops.fid import Fid, XattrValue, XattrWriter
 from ninepd.ops.guest import Guest
-from ninepd.ops.locks import Owner
+from ninepd.ops.ranges import Owner
 from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
@@ -95,10 +95,16 @@ def _opened(guest: Guest, fid: Fid, flags: int, wait: bool) -> Reply:
 
 
 def lcreate(guest: Guest, message: Tlcreate, _payload: Payload, fid: Fid) -> Reply:
-    """Create and open a file; the fid moves from its directory to the file.
+    """Create and open a file; the fid moves from its directory to the file."""
+    try:
+        return _created(guest, message, fid, wait=False)
+    except BlockingIOError:  # it exists, and a host process holds a lease on it
+        return Later(lambda _payload: _created(guest, message, fid, wait=True))
 
-    Always tried with O_EXCL first. If the file exists and the guest did not ask for EXCL (its cache
-    was behind), it is opened as it is: an existing object is never given an owner or a mode.
+
+def _created(guest: Guest, message: Tlcreate, fid: Fid, wait: bool) -> Reply:
+    """Always tried with O_EXCL first. If the file exists and the guest did not ask for EXCL (its
+    cache was behind), it is opened as it is: an existing object is never given an owner or a mode.
     """
     fid.check_unopened()
     directory = fid.directory()
@@ -116,7 +122,7 @@ def lcreate(guest: Guest, message: Tlcreate, _payload: Payload, fid: Fid) -> Rep
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
-            file = tree.open(handle, flags)
+            file = tree.open(handle, flags, wait)
         except OSError:
             tree.handles.release(handle)
             raise
@@ -260,22 +266,35 @@ def _flush(host: Host, file: Opened, data_only: bool, _payload: Payload) -> Repl
 
 
 def lock(guest: Guest, message: Tlock, _payload: Payload, fid: Fid) -> Reply:
-    """Take or release a byte-range lock; never waits: a client that will is told BLOCKED."""
+    """Take or release a byte-range lock; never waits for it: who would is told BLOCKED."""
     fid.open_file()
     if message.flags & ~(LOCK_FLAG_BLOCK | LOCK_FLAG_RECLAIM):
         raise OSError(errno.EINVAL, f"lock flags {message.flags:#x} are not known")
-    owner = Owner(message.proc_id, message.client_id)
-    kind = _lock_type(message.type)
-    taken = guest.locks.lock(fid, kind, message.start, message.length, owner)
+    try:
+        return _locked(guest, fid, message, wait=False)
+    except BlockingIOError:  # as in lopen: it is opened for that
+        return Later(lambda _payload: _locked(guest, fid, message, wait=True))
+
+
+def _locked(guest: Guest, fid: Fid, message: Tlock, wait: bool) -> Reply:
+    taken = guest.locks.lock(
+        fid,
+        _lock_type(message.type),
+        message.start,
+        message.length,
+        Owner(message.proc_id, message.client_id),
+        block=bool(message.flags & LOCK_FLAG_BLOCK),
+        wait=wait,
+    )
     return Rlock(LockStatus.SUCCESS if taken else LockStatus.BLOCKED)
 
 
 def getlock(guest: Guest, message: Tgetlock, _payload: Payload, fid: Fid) -> Reply:
     """Who is in the way of a lock, or UNLCK if nobody is."""
-    fid.open_file()
+    file = fid.open_file()
     owner = Owner(message.proc_id, message.client_id)
     kind = _lock_type(message.type)
-    found = guest.locks.conflict(fid, kind, message.start, message.length, owner)
+    found = guest.locks.conflict(fid, file, kind, message.start, message.length, owner)
     if found is None:
         answer = message._replace(type=LockType.UNLCK)
         return Rgetlock._make(answer[1:])

@@ -52,6 +52,7 @@ class Guest:
         with self._lock:
             self._ended = True
             fids = self.session.clear()
+        self.locks.end()
         for fid in fids:
             self.retire(fid)
 

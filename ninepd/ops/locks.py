@@ -1,67 +1,286 @@
 """Byte-range locks of guests, made real as open-file-description locks on the host.
 
-The guest kernel settles conflicts between its own processes before it asks us, so what matters here
-is the guest as a whole against other guests and host processes. Per inode there is one lock
-descriptor, with the union of what the guest's owners hold; conflicts between two owners of one
-guest that reach us all the same (old clients) are answered from the table.
+What matters here is the guest as a whole against other guests and host processes: per inode there
+is one lock descriptor, with the union of what the guest's owners hold. It is separate from the
+fids' own: closing any of those must not drop a lock, and a write lock on a read-only fid (flock(2)
+allows it) needs a descriptor that is open for writing. Only while something is locked for writing
+it is: a file that is open for writing cannot be executed, nor get a read lease, on the host.
 
-The descriptor is separate from the fids' own: closing any of those must not drop a lock, and a
-write lock on a read-only fid (flock(2) allows it) needs a descriptor that is open for writing.
+Linux settles conflicts between its own processes before it asks (fs/9p/vfs_file.c,
+v9fs_file_do_lock), and tells us neither whether a lock is one of fcntl(2), which belongs to a
+process, or of flock(2), which belongs to an open file, that is to a fid. So a lock that is asked
+for proves that what stands in its way here is its own earlier form, or about to be given back:
+see ``_settled``. flock(fd, LOCK_UN) comes with the flag BLOCK, the release by which a process
+closes a descriptor, shared or not, without (fs/locks.c, locks_remove_posix): see ``_given_back``.
+
+Threads: requests on the locks of one inode come one at a time (pipeline.py); the table's own lock
+is never held across a call on the host.
 """
 
 import errno
 import fcntl
+import logging
 import os
-import struct
 import threading
-from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
+from ninepd import syscalls
 from ninepd.export.handles import Handle, Opened
 from ninepd.export.tree import Tree
+from ninepd.ops.ranges import TO_END, Owner, Range, Ranges, clipped, is_whole, without
 from ninepd.p9.messages import LockType
 
 if TYPE_CHECKING:
     from ninepd.ops.fid import Fid
 
-_FLOCK: Final = struct.Struct("hhqqi4x")
+log = logging.getLogger(__name__)
+
+MAX_RANGES: Final = 4096
 _TO_HOST: Final = {
     LockType.RDLCK: fcntl.F_RDLCK,
     LockType.WRLCK: fcntl.F_WRLCK,
     LockType.UNLCK: fcntl.F_UNLCK,
 }
 _FROM_HOST: Final = {host: guest for guest, host in _TO_HOST.items()}
-_READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ETXTBSY}
-TO_END: Final = 1 << 63
-"""First offset that no range can contain; a length of 0 reaches up to it."""
-MAX_RANGES: Final = 4096
-
-
-class Owner(NamedTuple):
-    """Who a client says holds a lock."""
-
-    proc_id: int
-    client_id: bytes
-
-
-class Range(NamedTuple):
-    """Bytes [start, end) locked by an owner through a fid."""
-
-    start: int
-    end: int
-    type: LockType
-    owner: Owner
-    fid: "Fid"
 
 
 class _Inode:
-    """The locks on one file."""
+    """The locks on one file, and the descriptor that holds them on the host."""
 
-    def __init__(self, handle: Handle, file: Opened) -> None:
+    def __init__(self, handle: Handle) -> None:
         self.handle = handle
-        self.file = file
-        self.fd = file.fd
-        self.ranges: list[Range] = []
+        self.ranges = Ranges()
+        self.file: Opened | None = None
+        self.requests = 0
+        """Since the descriptor was opened, with the one that opened it."""
+        self.busy = False
+
+    def take(self, kind: LockType, start: int, end: int) -> bool:
+        """Lock a range on the host, at once or not at all; False if others are in the way."""
+        assert self.file is not None  # noqa: S101 - opened by whoever calls
+        try:
+            _apply(self.file.fd, kind, start, end)
+        except OSError as error:
+            if error.errno in {errno.EAGAIN, errno.EACCES}:
+                return False
+            raise
+        return True
+
+    def give_back(self, gone: list[Range], come: list[Range], start: int, end: int) -> None:
+        """Forget ranges, and unlock on the host what nobody holds any more."""
+        self.ranges.change(gone, come, start, end)
+        if not self.ranges or self.file is None:
+            return  # the descriptor is about to be closed, which unlocks all
+        for low, high in self.ranges.cover.free(clipped(gone, start, end)):
+            _apply(self.file.fd, LockType.UNLCK, low, high)
+
+
+class LockTable:
+    """All locks of one session. Safe to use from several threads."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._inodes: dict[Handle, _Inode] = {}
+        self._count = 0
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def lock(
+        self,
+        fid: "Fid",
+        kind: LockType,
+        start: int,
+        length: int,
+        owner: Owner,
+        *,
+        block: bool = False,
+        wait: bool = False,
+    ) -> bool:
+        """Take or release a range for ``owner``; False if somebody else's lock is in the way.
+
+        ``block`` is the flag of that name. Raises ENOLCK if there are too many ranges, EINVAL for
+        an impossible one, and as ``Tree.open`` BlockingIOError unless told to ``wait``.
+        """
+        start, end = span(start, length)
+        new = Range(start, end, kind, owner, fid)
+        inode = self._enter(fid.handle, create=kind != LockType.UNLCK)
+        if inode is None:
+            return True
+        try:
+            if kind == LockType.UNLCK:
+                self._release(inode, new, block)
+                return True
+            return self._take(inode, new, wait)
+        finally:
+            self._leave(inode)
+
+    def conflict(
+        self, fid: "Fid", file: Opened, kind: LockType, start: int, length: int, owner: Owner
+    ) -> tuple[LockType, int, int, Owner] | None:
+        """(type, start, length, owner) of a lock that bars ``owner`` from taking the range.
+
+        ``file`` is what the fid is open as. A holder outside this session has proc_id as the host tells it
+        and no client_id.
+        """
+        start, end = span(start, length)
+        inode = self._enter(fid.handle, create=False)
+        if inode is None:
+            return _foreign(file, kind if kind != LockType.UNLCK else LockType.WRLCK, start, end)
+        try:
+            others = inode.ranges.others(owner, start, end)
+            if kind == LockType.UNLCK:
+                kind = _guessed(fid, others)
+                others = [held for held in others if not _settled(held, fid)]
+            for held in others:
+                if LockType.WRLCK in {held.type, kind}:
+                    return held.type, held.start, _length(held.start, held.end), held.owner
+            return _foreign(inode.file or file, kind, start, end)
+        finally:
+            self._leave(inode)
+
+    def drop(self, fid: "Fid") -> None:
+        """Release every range that was taken through a fid, which is being closed."""
+        if not fid.locks:
+            return
+        inode = self._enter(fid.handle, create=False)
+        if inode is None:
+            return
+        try:
+            gone = inode.ranges.through(fid)
+            self._reserve(-len(gone))
+            inode.give_back(gone, [], 0, TO_END)
+        finally:
+            self._leave(inode)
+
+    def end(self) -> None:
+        """Release everything; what a request is still busy with, at the end of that request."""
+        with self._lock:
+            self._ended = True
+            idle = [inode for inode in self._inodes.values() if not inode.busy]
+            self._inodes.clear()
+        for inode in idle:
+            try:
+                self._close(inode)
+            except OSError as error:  # of a late write
+                log.warning("closing a file: %s", error)
+
+    def ranges(self) -> list[Range]:
+        """All that is locked. Locking each again in a fresh table makes the same of it."""
+        with self._lock:
+            inodes = list(self._inodes.values())
+        return [held for inode in inodes for held in inode.ranges.all()]
+
+    # One request on one inode
+
+    def _enter(self, handle: Handle, *, create: bool) -> _Inode | None:
+        with self._lock:
+            if self._ended and create:
+                raise OSError(errno.ENOLCK, "the session has ended")
+            inode = self._inodes.get(handle)
+            if inode is None:
+                if not create:
+                    return None
+                inode = self._inodes[handle] = _Inode(handle)
+            assert not inode.busy, "two requests on one inode's locks"  # noqa: S101
+            inode.busy = True
+            inode.requests += 1
+            return inode
+
+    def _leave(self, inode: _Inode) -> None:
+        with self._lock:
+            inode.busy = False
+            if inode.ranges and not self._ended:
+                return
+            self._inodes.pop(inode.handle, None)
+        self._close(inode)
+
+    def _close(self, inode: _Inode) -> None:
+        if inode.file is not None:
+            try:
+                inode.file.close()
+            finally:
+                self._tree.handles.release(inode.handle)
+
+    def _reserve(self, count: int) -> None:
+        with self._lock:
+            if count > 0 and self._count + count > MAX_RANGES:
+                raise OSError(errno.ENOLCK, f"{MAX_RANGES} ranges are locked")
+            self._count += count
+
+    def _take(self, inode: _Inode, new: Range, wait: bool) -> bool:
+        ranges = inode.ranges
+        rivals = ranges.rivals(new)
+        if not all(_settled(held, new.fid) for held in rivals):
+            return False
+        gone, come = ranges.replaced(new)
+        for held in rivals:
+            gone.append(held)
+            come += without(held, new.start, new.end)
+        growth = len(come) - len(gone)
+        self._reserve(growth)
+        taken = False
+        try:
+            self._prepare(inode, new.type, wait)
+            taken = inode.take(new.type, new.start, new.end)
+        finally:
+            if not taken:
+                self._reserve(-growth)
+        if taken:
+            ranges.change(gone, come, new.start, new.end)
+        self._relax(inode)
+        return taken
+
+    def _release(self, inode: _Inode, new: Range, block: bool) -> None:
+        gone, come = inode.ranges.replaced(new)
+        if block and is_whole(new):
+            gone += _given_back(inode.ranges, new)
+        # Releasing the middle of a range makes two of it.
+        self._reserve(len(come) - len(gone))
+        inode.give_back(gone, come, new.start, new.end)
+        self._relax(inode)
+
+    # The descriptor
+
+    def _prepare(self, inode: _Inode, kind: LockType, wait: bool) -> None:
+        """Have a descriptor that may take a lock of this type."""
+        if inode.file is None:
+            self._tree.handles.share(inode.handle)
+            try:
+                self._reopen(inode, _flags(kind), wait)
+            except OSError:
+                self._tree.handles.release(inode.handle)
+                raise
+        elif kind == LockType.WRLCK and not inode.file.writable:
+            self._reopen(inode, os.O_RDWR, wait)
+
+    def _relax(self, inode: _Inode) -> None:
+        """Stop having the file open for writing when nothing needs it."""
+        ranges, file = inode.ranges, inode.file
+        if not ranges or ranges.written or file is None or not file.writable:
+            return
+        if inode.requests < len(ranges.cover):
+            return  # moving all those locks is worth it once in so many requests
+        try:
+            self._reopen(inode, os.O_RDONLY, wait=False)
+        except OSError as error:
+            log.debug("a lock keeps its file open for writing: %s", error)
+
+    def _reopen(self, inode: _Inode, flags: int, wait: bool) -> None:
+        """Move to another descriptor. All there is to move are read locks, which can be doubled,
+        so that the file is never without them.
+        """
+        file = self._tree.open(inode.handle, flags, wait)
+        file.pins = 1  # closing it would drop the locks
+        try:
+            for start, end in inode.ranges.cover.held():
+                _apply(file.fd, LockType.RDLCK, start, end)
+        except OSError:
+            file.close()
+            raise
+        old, inode.file = inode.file, file
+        inode.requests = 1
+        if old is not None:
+            old.close()
 
 
 def span(start: int, length: int) -> tuple[int, int]:
@@ -72,164 +291,50 @@ def span(start: int, length: int) -> tuple[int, int]:
     return start, end
 
 
-class LockTable:
-    """All locks of one session. Safe to use from several threads."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._inodes: dict[Handle, _Inode] = {}
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def lock(self, fid: "Fid", kind: LockType, start: int, length: int, owner: Owner) -> bool:
-        """Take or release a range for ``owner``; False if somebody else's lock is in the way.
-
-        Raises ENOLCK if there are too many ranges, EINVAL for an impossible one.
-        """
-        start, end = span(start, length)
-        with self._lock:
-            inode = self._inodes.get(fid.handle)
-            if inode is None:
-                if kind == LockType.UNLCK:
-                    return True
-                inode = self._open(fid.handle)
-            try:
-                return self._set(inode, Range(start, end, kind, owner, fid))
-            finally:
-                self._close_if_idle(inode)
-
-    def conflict(
-        self, fid: "Fid", kind: LockType, start: int, length: int, owner: Owner
-    ) -> tuple[LockType, int, int, Owner] | None:
-        """(type, start, length, owner) of a lock that bars ``owner`` from taking the range.
-
-        A holder outside this session has proc_id as the host tells it and no client_id. Linux
-        always asks with the type UNLCK (fs/9p/vfs_file.c, v9fs_file_getlock), so that is taken
-        for a write lock: whatever could be in the way.
-        """
-        if kind == LockType.UNLCK:
-            kind = LockType.WRLCK
-        start, end = span(start, length)
-        with self._lock:
-            inode = self._inodes.get(fid.handle) or self._open(fid.handle)
-            try:
-                for held in inode.ranges:
-                    if _bars(held, start, end, kind, owner):
-                        length = 0 if held.end == TO_END else held.end - held.start
-                        return held.type, held.start, length, held.owner
-                return self._foreign(inode.fd, kind, start, end)
-            finally:
-                self._close_if_idle(inode)
-
-    def drop(self, fid: "Fid") -> None:
-        """Release every range that was taken through a fid, which is being closed."""
-        with self._lock:
-            inode = self._inodes.get(fid.handle)
-            if inode is None:
-                return
-            gone = [held for held in inode.ranges if held.fid is fid]
-            self._replace(inode, [held for held in inode.ranges if held.fid is not fid])
-            for held in gone:
-                self._apply(inode, held.start, held.end)
-            self._close_if_idle(inode)
-
-    def _open(self, handle: Handle) -> _Inode:
-        try:
-            file = self._tree.open(handle, os.O_RDWR)
-        except OSError as error:
-            # Without the right to write, read locks still work.
-            if error.errno not in _READ_ONLY:
-                raise
-            file = self._tree.open(handle, os.O_RDONLY)
-        file.pins = 1  # closing it would drop the locks
-        inode = _Inode(self._tree.handles.share(handle), file)
-        self._inodes[handle] = inode
-        return inode
-
-    def _close_if_idle(self, inode: _Inode) -> None:
-        if not inode.ranges:
-            del self._inodes[inode.handle]
-            try:
-                inode.file.close()
-            finally:
-                self._tree.handles.release(inode.handle)
-
-    def _replace(self, inode: _Inode, ranges: list[Range]) -> None:
-        self._count += len(ranges) - len(inode.ranges)
-        inode.ranges = ranges
-
-    def _set(self, inode: _Inode, new: Range) -> bool:
-        before = inode.ranges
-        if new.type != LockType.UNLCK and any(
-            _bars(held, new.start, new.end, new.type, new.owner) for held in before
-        ):
-            return False
-        after = []
-        for held in before:
-            if held.start < new.end and new.start < held.end and held.owner == new.owner:
-                after += _without(held, new)
-            else:
-                after.append(held)
-        if new.type != LockType.UNLCK:
-            after.append(new)
-        # Releasing the middle of a range makes two of it.
-        if self._count + len(after) - len(before) > MAX_RANGES and len(after) > len(before):
-            raise OSError(errno.ENOLCK, f"{MAX_RANGES} ranges are locked")
-        self._replace(inode, after)
-        try:
-            self._apply(inode, new.start, new.end)
-        except OSError as error:
-            self._replace(inode, before)
-            self._apply(inode, new.start, new.end)
-            if error.errno in {errno.EAGAIN, errno.EACCES}:
-                return False
-            raise
-        return True
-
-    def _apply(self, inode: _Inode, start: int, end: int) -> None:
-        """Make the host's lock on [start, end) the strongest of what the owners hold there."""
-        near = [held for held in inode.ranges if held.start < end and start < held.end]
-        cuts = {start, end}
-        for held in near:
-            cuts.update(at for at in (held.start, held.end) if start < at < end)
-        wanted = [(low, high, _strongest(near, low, high)) for low, high in pairwise(sorted(cuts))]
-        # What may fail comes first, so that a refusal leaves as little as possible to take back.
-        wanted.sort(key=lambda part: part[2] != LockType.WRLCK)
-        for low, high, kind in wanted:
-            length = 0 if high == TO_END else high - low
-            request = _FLOCK.pack(_TO_HOST[kind], os.SEEK_SET, low, length, 0)
-            fcntl.fcntl(inode.fd, fcntl.F_OFD_SETLK, request)
-
-    @staticmethod
-    def _foreign(
-        fd: int, kind: LockType, start: int, end: int
-    ) -> tuple[LockType, int, int, Owner] | None:
-        length = 0 if end == TO_END else end - start
-        request = _FLOCK.pack(_TO_HOST[kind], os.SEEK_SET, start, length, 0)
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
-        found, _, at, size, pid = _FLOCK.unpack(answer)
-        if found == fcntl.F_UNLCK:
-            return None
-        return _FROM_HOST[found], at, size, Owner(max(pid, 0), b"")
+def _length(start: int, end: int) -> int:
+    return 0 if end == TO_END else end - start
 
 
-def _bars(held: Range, start: int, end: int, kind: LockType, owner: Owner) -> bool:
-    overlaps = held.start < end and start < held.end
-    return overlaps and held.owner != owner and LockType.WRLCK in {held.type, kind}
+def _flags(kind: LockType) -> int:
+    return os.O_RDWR if kind == LockType.WRLCK else os.O_RDONLY
 
 
-def _without(held: Range, new: Range) -> list[Range]:
-    """What is left of a range when its owner gets ``new`` (POSIX: the new lock replaces)."""
-    parts = []
-    if held.start < new.start:
-        parts.append(held._replace(end=new.start))
-    if new.end < held.end:
-        parts.append(held._replace(start=new.end))
-    return parts
+def _settled(held: Range, fid: "Fid") -> bool:
+    """Does the guest's kernel know of this lock when it asks for another through ``fid``?
+
+    It does if both fids come from one name: then they are one inode for it. Two hard links, or two
+    names that the host gave a file one after the other, are two inodes without ``cache=loose``
+    (fs/9p/vfs_inode_dotl.c, v9fs_get_new_inode_from_fid), and nobody but us excludes their users.
+    """
+    return held.fid is fid or held.fid.place == fid.place
 
 
-def _strongest(ranges: list[Range], start: int, end: int) -> LockType:
-    kinds = {held.type for held in ranges if held.start < end and start < held.end}
-    if LockType.WRLCK in kinds:
-        return LockType.WRLCK
-    return LockType.RDLCK if kinds else LockType.UNLCK
+def _given_back(ranges: Ranges, new: Range) -> list[Range]:
+    """What flock(fd, LOCK_UN) releases although another process took it: it is the open file's."""
+    return [held for held in ranges.through(new.fid) if held.owner != new.owner and is_whole(held)]
+
+
+def _guessed(fid: "Fid", others: list[Range]) -> LockType:
+    """The type of lock that a Tgetlock with the type UNLCK is about.
+
+    Linux always says UNLCK (fs/9p/vfs_file.c, v9fs_file_getlock), and answers itself whatever its
+    own table can answer. So with a reader there that it knows of, it was asked for a read lock.
+    Else it may have been either: then all is told that could be in the way, with its type.
+    """
+    for held in others:
+        if held.type == LockType.RDLCK and held.fid is not fid and _settled(held, fid):
+            return LockType.RDLCK
+    return LockType.WRLCK
+
+
+def _apply(fd: int, kind: LockType, start: int, end: int) -> None:
+    syscalls.lock(fd, _TO_HOST[kind], start, _length(start, end))
+
+
+def _foreign(
+    file: Opened, kind: LockType, start: int, end: int
+) -> tuple[LockType, int, int, Owner] | None:
+    held, at, length, pid = syscalls.find_lock(file.fd, _TO_HOST[kind], start, _length(start, end))
+    if held == fcntl.F_UNLCK:
+        return None
+    return _FROM_HOST[held], at, length, Owner(max(pid, 0), b"")
