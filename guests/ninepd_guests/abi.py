@@ -13,7 +13,7 @@ NR = {
     "getdents64": 217, "openat": 257, "mkdirat": 258, "mknodat": 259, "fchownat": 260,
     "newfstatat": 262, "unlinkat": 263, "renameat2": 316, "linkat": 265, "symlinkat": 266,
     "readlinkat": 267, "fchmodat": 268, "faccessat": 269, "utimensat": 280, "fallocate": 285,
-    "copy_file_range": 326, "statx": 332,
+    "copy_file_range": 326, "statx": 332, "pidfd_open": 434, "pidfd_getfd": 438,
 }  # fmt: skip
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100

@@ -149,6 +149,14 @@ class Process:
     def close(self, fd: int) -> None:
         self.syscall("close", fd)
 
+    def inherit(self, other: "Process", fd: int) -> int:
+        """A descriptor of the same open file as another process's, as fork(2) leaves to a child."""
+        pidfd = self.syscall("pidfd_open", other.syscall("getpid"), 0)
+        try:
+            return self.syscall("pidfd_getfd", pidfd, fd, 0)
+        finally:
+            self.close(pidfd)
+
     def read(self, fd: int, size: int) -> bytes:
         return self.fill("read", fd, Read(size), size)
 

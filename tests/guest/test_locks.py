@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,6 +191,127 @@ class TestTwoGuests:
         assert processes[0].pread(FD, 8, 0) == (50).to_bytes(8, "little")
 
 
+class TestOneGuest:
+    """What its kernel settles must look settled to the others, too."""
+
+    @pytest.fixture
+    def family(
+        self, pair: tuple[Guest, Guest, Path], processes: tuple[Process, Process]
+    ) -> Iterator[tuple[Process, Process, int]]:
+        """A process with descriptor 3 on the file, and a child with a copy of that descriptor."""
+        parent = processes[0]
+        with pair[0].process() as child:
+            yield parent, child, child.inherit(parent, FD)
+
+    def test_flock_is_shared_with_a_child(
+        self,
+        pair: tuple[Guest, Guest, Path],
+        processes: tuple[Process, Process],
+        family: tuple[Process, Process, int],
+    ) -> None:
+        _, elsewhere = processes
+        parent, child, copy = family
+        parent.flock(FD, fcntl.LOCK_EX)
+        child.flock(copy, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        elsewhere.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        elsewhere.flock(FD, fcntl.LOCK_UN)
+        child.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert refused(lambda: elsewhere.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        child.flock(copy, fcntl.LOCK_UN)
+        with pair[0].process() as third, (pair[2] / "file").open("r+") as file:
+            third.flock(third.open("/mnt/file", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert refused(lambda: fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB))
+            third.kill()
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_UN)
+        elsewhere.flock(FD, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_flock_outlives_a_copy_of_the_descriptor(
+        self, processes: tuple[Process, Process], family: tuple[Process, Process, int]
+    ) -> None:
+        _, elsewhere = processes
+        parent, child, copy = family
+        parent.flock(FD, fcntl.LOCK_EX)
+        child.close(copy)
+        assert refused(lambda: elsewhere.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        child.kill()
+        assert refused(lambda: elsewhere.flock(FD, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        parent.flock(FD, fcntl.LOCK_UN)
+        elsewhere.flock(FD, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def test_fcntl_is_not_shared_with_a_child(
+        self, processes: tuple[Process, Process], family: tuple[Process, Process, int]
+    ) -> None:
+        _, elsewhere = processes
+        parent, child, copy = family
+        parent.setlk(FD, F_WRLCK, 0, 10)
+        assert refused(lambda: child.setlk(copy, F_RDLCK, 0, 10))
+        child.setlk(copy, F_UNLCK, 0, 10)
+        child.close(copy)
+        assert refused(lambda: elsewhere.setlk(FD, F_RDLCK, 0, 10))
+
+    @pytest.mark.parametrize("how", ["fcntl", "flock"])
+    def test_turns(
+        self, pair: tuple[Guest, Guest, Path], processes: tuple[Process, Process], how: str
+    ) -> None:
+        """One waits for the other in the guest's kernel, never for its next try here."""
+        with pair[0].process() as other:
+            assert other.open("/mnt/file", os.O_RDWR) == FD
+            turns = [processes[0], other]
+            if how == "flock":
+                turns[0].flock(FD, fcntl.LOCK_EX)
+            else:
+                turns[0].setlk(FD, F_WRLCK)
+            for _ in range(200):
+                if how == "flock":
+                    waiting = turns[1].submit("flock", FD, fcntl.LOCK_EX)
+                    turns[0].flock(FD, fcntl.LOCK_UN)
+                else:
+                    waiting = turns[1].setlkw(FD, F_WRLCK)
+                    turns[0].setlk(FD, F_UNLCK)
+                waiting.result(10)
+                assert refused(lambda: processes[1].setlk(FD, F_RDLCK))
+                turns.reverse()
+
+    def test_getlk_beside_another_reader(
+        self, pair: tuple[Guest, Guest, Path], processes: tuple[Process, Process]
+    ) -> None:
+        first, elsewhere = processes
+        with pair[0].process() as second:
+            assert second.open("/mnt/file", os.O_RDWR) == FD
+            first.setlk(FD, F_RDLCK, 0, 50)
+            assert second.getlk(FD, F_RDLCK).type == F_UNLCK
+            assert second.getlk(FD, F_WRLCK).type == F_RDLCK
+            second.setlk(FD, F_RDLCK, 0, 50)
+            assert first.getlk(FD, F_RDLCK).type == F_UNLCK
+            elsewhere.setlk(FD, F_WRLCK, 60, 10)
+            found = second.getlk(FD, F_RDLCK)
+            assert (found.type, found.start, found.length) == (F_WRLCK, 60, 10)
+            with (pair[2] / "file").open("r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX, 10, 80)
+                found = second.getlk(FD, F_RDLCK, 75, 20)
+                assert (found.type, found.start, found.length) == (F_WRLCK, 80, 10)
+
+    def test_hard_links(
+        self, pair: tuple[Guest, Guest, Path], processes: tuple[Process, Process]
+    ) -> None:
+        """Two names are two inodes for the guest's kernel, so only the server excludes."""
+        first = processes[0]
+        other = pair[2] / "other"
+        os.link(pair[2] / "file", other)
+        try:
+            with pair[0].process() as second:
+                assert second.open("/mnt/other", os.O_RDWR) == FD
+                first.setlk(FD, F_WRLCK)
+                assert refused(lambda: second.setlk(FD, F_RDLCK))
+                assert refused(lambda: second.flock(FD, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                assert second.getlk(FD, F_RDLCK).type == F_WRLCK
+                first.setlk(FD, F_UNLCK)
+                second.setlk(FD, F_WRLCK)
+        finally:
+            other.unlink()
+
+
 def test_a_crash_of_the_guest_releases(start_daemon: StartDaemon, export: Path) -> None:
     (export / "file").write_bytes(b"x")
     guest = boot_uml([Share(TAG, start_daemon().socket)])
@@ -230,6 +353,22 @@ class TestGuestAndHost:
             assert (found.type, found.start, found.length) == (F_WRLCK, 30, 20)
             fcntl.lockf(file, fcntl.LOCK_UN)
             process.setlk(fd, F_WRLCK)
+
+    @pytest.mark.parametrize("how", ["fcntl", "flock"])
+    def test_the_host_runs_what_the_guest_has_locked(self, place: Place, how: str) -> None:
+        program = place.host / "program"
+        shutil.copy("/bin/true", program)
+        with place.guest.process() as process:
+            fd = process.open(f"{place.path}/program", os.O_RDONLY)
+            if how == "flock":
+                process.flock(fd, fcntl.LOCK_SH)
+            else:
+                process.setlk(fd, F_RDLCK)
+            with program.open("rb") as file:
+                # Nor is it open for writing in the eyes of who wants a lease.
+                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            subprocess.run([program], check=True)
 
     def test_flock_in_the_guest_is_fcntl_on_the_host(self, place: Place) -> None:
         (place.host / "file").touch()
