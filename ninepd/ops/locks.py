@@ -119,8 +119,8 @@ class LockTable:
     ) -> tuple[LockType, int, int, Owner] | None:
         """(type, start, length, owner) of a lock that bars ``owner`` from taking the range.
 
-        ``file`` is what the fid is open as. A holder outside this session has proc_id as the host tells it
-        and no client_id.
+        ``file`` is what the fid is open as. A holder outside this session has proc_id as the host
+        tells it and no client_id.
         """
         start, end = span(start, length)
         inode = self._enter(fid.handle, create=False)
