@@ -124,19 +124,20 @@ class LockTable:
         """
         start, end = span(start, length)
         inode = self._enter(fid.handle, create=False)
-        if inode is None:
-            return _foreign(file, kind if kind != LockType.UNLCK else LockType.WRLCK, start, end)
         try:
-            others = inode.ranges.others(owner, start, end)
+            others = [] if inode is None else inode.ranges.others(owner, start, end)
             if kind == LockType.UNLCK:
                 kind = _guessed(fid, others)
                 others = [held for held in others if not _settled(held, fid)]
             for held in others:
                 if LockType.WRLCK in {held.type, kind}:
                     return held.type, held.start, _length(held.start, held.end), held.owner
-            return _foreign(inode.file or file, kind, start, end)
+            if inode is not None and inode.file is not None:
+                file = inode.file  # its locks are no others' to itself
+            return _foreign(file, kind, start, end)
         finally:
-            self._leave(inode)
+            if inode is not None:
+                self._leave(inode)
 
     def drop(self, fid: "Fid") -> None:
         """Release every range that was taken through a fid, which is being closed."""
@@ -217,14 +218,14 @@ class LockTable:
             gone.append(held)
             come += without(held, new.start, new.end)
         growth = len(come) - len(gone)
-        self._reserve(growth)
+        room = max(growth, 0)
+        self._reserve(room)
         taken = False
         try:
             self._prepare(inode, new.type, wait)
             taken = inode.take(new.type, new.start, new.end)
         finally:
-            if not taken:
-                self._reserve(-growth)
+            self._reserve((growth if taken else 0) - room)
         if taken:
             ranges.change(gone, come, new.start, new.end)
         self._relax(inode)
@@ -280,7 +281,10 @@ class LockTable:
         old, inode.file = inode.file, file
         inode.requests = 1
         if old is not None:
-            old.close()
+            try:
+                old.close()
+            except OSError as error:  # nothing was written by it
+                log.warning("closing a file: %s", error)
 
 
 def span(start: int, length: int) -> tuple[int, int]:
