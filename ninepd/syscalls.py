@@ -282,10 +282,7 @@ def lock(fd: int, kind: int, start: int, length: int) -> None:
 
 
 def find_lock(fd: int, kind: int, start: int, length: int) -> tuple[int, int, int, int]:
-    """(kind, start, length, pid) of a lock that would be in the way, or F_UNLCK as the kind.
-
-    The pid of a lock that belongs to an open file description is -1.
-    """
+    """(kind, start, length, pid) of a lock that is in the way of such a one, or F_UNLCK."""
     request = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
     found, _, at, size, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))
     return found, at, size, pid

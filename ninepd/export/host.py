@@ -180,6 +180,22 @@ class Host:
     def fdatasync(self, fd: int) -> None:
         """Of an open file or directory."""
 
+    # Locks
+
+    @abstractmethod
+    def lock(self, fd: int, kind: int, start: int, length: int) -> None:
+        """Lock (F_RDLCK, F_WRLCK) or unlock (F_UNLCK) bytes for an open file, without waiting.
+
+        ``length`` 0 reaches to the end of the largest file. EAGAIN if others are in the way.
+        """
+
+    @abstractmethod
+    def find_lock(self, fd: int, kind: int, start: int, length: int) -> tuple[int, int, int, int]:
+        """(kind, start, length, pid) of a lock that is in the way of such a one, or F_UNLCK.
+
+        The pid is -1 for the lock of an open file.
+        """
+
     # Extended attributes
 
     @abstractmethod

@@ -180,6 +180,14 @@ class LocalHost(Host):
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
 
+    # Locks
+
+    def lock(self, fd: int, kind: int, start: int, length: int) -> None:
+        syscalls.lock(fd, kind, start, length)
+
+    def find_lock(self, fd: int, kind: int, start: int, length: int) -> tuple[int, int, int, int]:
+        return syscalls.find_lock(fd, kind, start, length)
+
     # Extended attributes
 
     def check_xattr(self, name: bytes) -> None:

@@ -149,6 +149,14 @@ class ReadonlyHost(Host):
     def fdatasync(self, fd: int) -> None:
         self._host.fdatasync(fd)
 
+    # Locks
+
+    def lock(self, fd: int, kind: int, start: int, length: int) -> None:
+        self._host.lock(fd, kind, start, length)
+
+    def find_lock(self, fd: int, kind: int, start: int, length: int) -> tuple[int, int, int, int]:
+        return self._host.find_lock(fd, kind, start, length)
+
     # Extended attributes
 
     def check_xattr(self, name: bytes) -> None:

@@ -24,8 +24,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-from ninepd import syscalls
 from ninepd.export.handles import Handle, Opened
+from ninepd.export.host import Host
 from ninepd.export.tree import Tree
 from ninepd.ops.ranges import TO_END, Owner, Range, Ranges, clipped, is_whole, without
 from ninepd.p9.messages import LockType
@@ -47,8 +47,9 @@ _FROM_HOST: Final = {host: guest for guest, host in _TO_HOST.items()}
 class _Inode:
     """The locks on one file, and the descriptor that holds them on the host."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, host: Host) -> None:
         self.handle = handle
+        self._host = host
         self.ranges = Ranges()
         self.file: Opened | None = None
         self.requests = 0
@@ -59,12 +60,15 @@ class _Inode:
         """Lock a range on the host, at once or not at all; False if others are in the way."""
         assert self.file is not None  # noqa: S101 - opened by whoever calls
         try:
-            _apply(self.file.fd, kind, start, end)
+            self.apply(self.file, kind, start, end)
         except OSError as error:
             if error.errno in {errno.EAGAIN, errno.EACCES}:
                 return False
             raise
         return True
+
+    def apply(self, file: Opened, kind: LockType, start: int, end: int) -> None:
+        self._host.lock(file.fd, _TO_HOST[kind], start, _length(start, end))
 
     def give_back(self, gone: list[Range], come: list[Range], start: int, end: int) -> None:
         """Forget ranges, and unlock on the host what nobody holds any more."""
@@ -72,7 +76,7 @@ class _Inode:
         if not self.ranges or self.file is None:
             return  # the descriptor is about to be closed, which unlocks all
         for low, high in self.ranges.cover.free(clipped(gone, start, end)):
-            _apply(self.file.fd, LockType.UNLCK, low, high)
+            self.apply(self.file, LockType.UNLCK, low, high)
 
 
 class LockTable:
@@ -134,10 +138,19 @@ class LockTable:
                     return held.type, held.start, _length(held.start, held.end), held.owner
             if inode is not None and inode.file is not None:
                 file = inode.file  # its locks are no others' to itself
-            return _foreign(file, kind, start, end)
+            return self._foreign(file, kind, start, end)
         finally:
             if inode is not None:
                 self._leave(inode)
+
+    def _foreign(
+        self, file: Opened, kind: LockType, start: int, end: int
+    ) -> tuple[LockType, int, int, Owner] | None:
+        length = _length(start, end)
+        held, at, length, pid = self._tree.host.find_lock(file.fd, _TO_HOST[kind], start, length)
+        if held == fcntl.F_UNLCK:
+            return None
+        return _FROM_HOST[held], at, length, Owner(max(pid, 0), b"")
 
     def drop(self, fid: "Fid") -> None:
         """Release every range that was taken through a fid, which is being closed."""
@@ -181,7 +194,7 @@ class LockTable:
             if inode is None:
                 if not create:
                     return None
-                inode = self._inodes[handle] = _Inode(handle)
+                inode = self._inodes[handle] = _Inode(handle, self._tree.host)
             assert not inode.busy, "two requests on one inode's locks"  # noqa: S101
             inode.busy = True
             inode.requests += 1
@@ -274,7 +287,7 @@ class LockTable:
         file.pins = 1  # closing it would drop the locks
         try:
             for start, end in inode.ranges.cover.held():
-                _apply(file.fd, LockType.RDLCK, start, end)
+                inode.apply(file, LockType.RDLCK, start, end)
         except OSError:
             file.close()
             raise
@@ -329,16 +342,3 @@ def _guessed(fid: "Fid", others: list[Range]) -> LockType:
         if held.type == LockType.RDLCK and held.fid is not fid and _settled(held, fid):
             return LockType.RDLCK
     return LockType.WRLCK
-
-
-def _apply(fd: int, kind: LockType, start: int, end: int) -> None:
-    syscalls.lock(fd, _TO_HOST[kind], start, _length(start, end))
-
-
-def _foreign(
-    file: Opened, kind: LockType, start: int, end: int
-) -> tuple[LockType, int, int, Owner] | None:
-    held, at, length, pid = syscalls.find_lock(file.fd, _TO_HOST[kind], start, _length(start, end))
-    if held == fcntl.F_UNLCK:
-        return None
-    return _FROM_HOST[held], at, length, Owner(max(pid, 0), b"")
