@@ -3,18 +3,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# A plain path entry, so that what is built later beside the packages is found, too.
+EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editable . --editable guests
 C_SOURCES := $(wildcard ninepd/*.c)
 # Some of these are compiled, too: setup.py says which.
 PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
 C_FILES := $(C_SOURCES) $(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h)
 
-.PHONY: all bench clean demo format guests lint test test-quick
+.PHONY: all bench clean demo format guests lint test test-quick wheel
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
 
-# Ask for a boot of a guest: a tour, or with DIR=... a shell with that directory on /mnt.
-demo: $(VENV)/built
+# Ask for a boot of a guest: a tour, or with DIR=... a shell with that directory on /mnt. What mypyc
+# compiles takes minutes, so a demo does without unless it is there.
+demo: $(or $(wildcard $(VENV)/built),$(VENV)/plain)
 	@$(BIN)/ninepd demo $${DIR:+"$$DIR"}
 
 # Everything, booted guests included. PYTEST_ARGS narrows it down.
@@ -45,18 +49,39 @@ bench: $(VENV)/built guests
 guests: $(VENV)/built
 	@$(BIN)/python -m ninepd_guests.tools all
 
+# Wheels in dist/ that install without a compiler, for each interpreter of PYTHONS.
+PYTHONS ?= $(PYTHON)
+wheel: $(VENV)/base
+	@PYTHON=$(PYTHON) contrib/setup-debian.sh wheel
+	@$(PIP) install --quiet 'pip>=25.1' && $(PIP) install --quiet --group wheel
+	@contrib/wheels.sh $(BIN)/pip $(PYTHONS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info ninepd/_libvring.* *.so
+	rm -rf $(VENV) build dist *.egg-info guests/build guests/*.egg-info ninepd/_libvring.* *.so
 	find ninepd -name '*.so' -delete
 
-$(VENV)/installed: pyproject.toml guests/pyproject.toml setup.py contrib/setup-debian.sh
-	@PYTHON=$(PYTHON) contrib/setup-debian.sh
+$(VENV)/base: pyproject.toml guests/pyproject.toml contrib/setup-debian.sh
+	@echo 'ninepd: setting up in $(VENV), first the system packages'
+	@PYTHON=$(PYTHON) contrib/setup-debian.sh demo
+	@echo 'ninepd: making the virtual environment'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip --disable-pip-version-check install -qq --upgrade 'pip>=25.1'
-	@$(BIN)/pip --disable-pip-version-check install -qq --group dev
-	@$(BIN)/pip --disable-pip-version-check install -qq --editable . --editable guests
+	@echo "ninepd: fetching Python's packages and compiling the C parts"
+	@$(PIP) install 'cffi>=1.17' 'setuptools>=77'
+	@NINEPD_MYPYC=0 $(PIP) install $(EDITABLE)
 	@touch $@
 
-$(VENV)/built: $(VENV)/installed $(C_SOURCES) $(PY_SOURCES) ninepd/_vring_build.py
+$(VENV)/plain: $(VENV)/base setup.py $(C_SOURCES) ninepd/_vring_build.py
+	@NINEPD_MYPYC=0 NINEPD_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/installed: $(VENV)/base
+	@PYTHON=$(PYTHON) contrib/setup-debian.sh test
+	@echo 'ninepd: fetching the packages of development'
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@$(PIP) install --group dev
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py $(C_SOURCES) $(PY_SOURCES) ninepd/_vring_build.py
+	@echo 'ninepd: compiling with mypyc (some minutes)'
 	@NINEPD_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

@@ -1,47 +1,68 @@
 #!/bin/sh
-# Installs what building and testing ninepd needs on Debian, or names it if that is not allowed.
+# setup-debian.sh [demo|wheel|test]: installs the Debian packages that this purpose needs and that
+# are missing, or names them if that is not allowed. A purpose includes those before it.
 set -eu
 
+purpose=${1:-test}
+python=${PYTHON:-python3}
 missing=
 need() { # need PACKAGE CHECK...: the package, unless the check holds
     package=$1
     shift
     "$@" >/dev/null 2>&1 || missing="$missing $package"
 }
-has_header() { echo "#include <$1>" | cc -E - ; }
 links_statically() {
     folder=$(mktemp -d) && echo 'int main(void) { return 0; }' |
         cc -static -x c -o "$folder/a.out" - && rm -r "$folder"
 }
+has_library() {
+    "$python" -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library(sys.argv[1]))' "$1"
+}
 
-python=${PYTHON:-python3}
+case $purpose in demo | wheel | test) ;; *)
+    echo "ninepd: $0 demo, wheel or test, not $purpose" >&2
+    exit 2
+    ;;
+esac
+
+# The C parts, a virtual environment, and the program that boots the demo's guest.
 need gcc command -v gcc
 need libc6-dev links_statically
 need python3-dev "$python" -c \
     'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))'
 need python3-venv "$python" -c 'import ensurepip, venv'
-need bc command -v bc
-need bison command -v bison
-need flex command -v flex
-need xz-utils command -v xz
-need binutils command -v ld
-need perl perl -e 'use strict'
-need tar command -v tar
-need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
-need e2fsprogs command -v mkfs.ext4
-need util-linux command -v setpriv
-need libfuse3-3 "$python" -c 'import ctypes; ctypes.CDLL("libfuse3.so.3")'
-need strace command -v strace
 need ca-certificates test -d /etc/ssl/certs
+need util-linux command -v setpriv
+need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
+
+if [ "$purpose" = test ]; then
+    # User-Mode Linux, built from its source.
+    need bc command -v bc
+    need binutils command -v ld
+    need bison command -v bison
+    need flex command -v flex
+    need perl perl -e 'use strict'
+    need tar command -v tar
+    need xz-utils command -v xz
+    # File systems and the traces of tests. The library's own package has another name in each
+    # release; this one depends on it.
+    need e2fsprogs sh -c 'PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4'
+    need fuse3 has_library fuse3
+    need strace command -v strace
+fi
 
 [ -n "$missing" ] || exit 0
-if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "ninepd: these packages are missing; as root: apt-get install$missing" >&2
+if ! command -v apt-get >/dev/null; then
+    echo "ninepd: install what Debian calls$missing, then run this again" >&2
     exit 2
 fi
-echo "ninepd: installing$missing" >&2
+if [ "$(id -u)" != 0 ]; then
+    echo "ninepd: packages are missing; as root, run: apt-get install$missing" >&2
+    exit 2
+fi
+echo "ninepd: installing Debian's packages$missing"
 export DEBIAN_FRONTEND=noninteractive
-apt-get -qq update
+apt-get --quiet update
 # The packages' names hold no spaces.
 # shellcheck disable=SC2086
-apt-get -qq install --no-install-recommends $missing >/dev/null
+apt-get --quiet install --yes --no-install-recommends $missing
