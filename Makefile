@@ -11,15 +11,22 @@ C_SOURCES := $(wildcard ninepd/*.c)
 PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
 C_FILES := $(C_SOURCES) $(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h)
 
-.PHONY: all bench clean demo format guests lint test test-quick wheel
+.PHONY: all bench clean demo demo-guest format guests lint test test-quick wheel
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
 
 # Ask for a boot of a guest: a tour, or with DIR=... a shell with that directory on /mnt. What mypyc
 # compiles takes minutes, so a demo does without unless it is there.
-demo: $(or $(wildcard $(VENV)/built),$(VENV)/plain)
+demo: $(VENV)/packages
+	@echo 'ninepd: step 1 of 2: a virtual environment with the daemon, and meanwhile a guest'
+	@$(MAKE) --no-print-directory --jobs=2 demo-guest \
+		$(or $(wildcard $(VENV)/built),$(VENV)/plain)
+	@echo 'ninepd: step 2 of 2: the demo'
 	@$(BIN)/ninepd demo $${DIR:+"$$DIR"}
+
+demo-guest: $(VENV)/packages
+	@PYTHONPATH=guests $(PYTHON) -m ninepd_guests.tools demo
 
 # Everything, booted guests included. PYTEST_ARGS narrows it down.
 test: lint guests
@@ -53,18 +60,21 @@ guests: $(VENV)/built
 PYTHONS ?= $(PYTHON)
 wheel: $(VENV)/base
 	@PYTHON=$(PYTHON) contrib/setup-debian.sh wheel
-	@$(PIP) install --quiet 'pip>=25.1' && $(PIP) install --quiet --group wheel
-	@contrib/wheels.sh $(BIN)/pip $(PYTHONS)
+	@$(PIP) install "pip>=25.1" && $(PIP) install --group wheel
+	@contrib/wheels.sh $(BIN) $(PYTHONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info guests/build guests/*.egg-info ninepd/_libvring.* *.so
 	find ninepd -name '*.so' -delete
 
-$(VENV)/base: pyproject.toml guests/pyproject.toml contrib/setup-debian.sh
-	@echo 'ninepd: setting up in $(VENV), first the system packages'
+$(VENV)/packages: contrib/setup-debian.sh
+	@echo 'ninepd: looking for the system packages that this needs'
 	@PYTHON=$(PYTHON) contrib/setup-debian.sh demo
-	@echo 'ninepd: making the virtual environment'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/base: pyproject.toml guests/pyproject.toml | $(VENV)/packages
+	@echo 'ninepd: making the virtual environment $(VENV)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "ninepd: fetching Python's packages and compiling the C parts"
 	@$(PIP) install 'cffi>=1.17' 'setuptools>=77'
 	@NINEPD_MYPYC=0 $(PIP) install $(EDITABLE)

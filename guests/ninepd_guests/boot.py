@@ -22,6 +22,8 @@ from .uml import uml_kernel
 VIRTIO_9P = 9
 # A terminal of user-mode Linux that was ever throttled, at nearly 4096 bytes, stays deaf.
 UML_WINDOW = 2048
+# After these QEMU stays, with a guest that runs no more: accel/kvm/kvm-all.c, kvm_cpu_exec.
+KVM_LAST_WORDS = (b"KVM internal error", b"error: kvm run failed")
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check random.trust_cpu=on "
     "agent=/dev/vport*p1"
@@ -119,7 +121,7 @@ def boot_qemu(
             "-chardev", f"socket,id=monitor,fd={fds[1]}", "-qmp", "chardev:monitor",
             *extra_args,
         ]  # fmt: skip
-        host = HostProgram(arguments, env=program.env, pass_fds=fds)
+        host = HostProgram(arguments, env=program.env, pass_fds=fds, last_words=KVM_LAST_WORDS)
     return _up(Guest(host, Channel(line, host.evidence), qmp=Qmp(monitor)), timeout)
 
 

@@ -20,9 +20,16 @@ class HostProgram:
     """The program's output and errors, which hold the guest's console too, are kept."""
 
     def __init__(
-        self, command: Iterable[str], *, env: Mapping[str, str], pass_fds: Iterable[int]
+        self,
+        command: Iterable[str],
+        *,
+        env: Mapping[str, str],
+        pass_fds: Iterable[int],
+        last_words: Iterable[bytes] = (),
     ) -> None:
+        """A program that says one of its ``last_words`` is ended: no more is to be had from it."""
         self._arguments = list(command)
+        self._last_words = tuple(last_words)
         self._output = bytearray()
         self._process = _starter.submit(self._start, env, tuple(pass_fds)).result()
         self._thread = threading.Thread(target=self._read, name="ninepd-console", daemon=True)
@@ -45,6 +52,8 @@ class HostProgram:
         with pipe:
             while data := pipe.read(1 << 16):
                 self._output += data
+                if any(words in self._output for words in self._last_words):
+                    self.kill()
 
     @property
     def pid(self) -> int:

@@ -12,6 +12,7 @@ import time
 
 from .cache import cache_dir, locked, say
 from .errors import GuestError
+from .progress import fetching
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 SUITES = {
@@ -160,16 +161,22 @@ class Archive:
     def download(self, packages: list[str], folder: str) -> list[str]:
         """These packages alone, as .deb files in the folder."""
         os.makedirs(folder, exist_ok=True)
-        with locked(self.lock):
-            self._run("apt-get", "download", "-q", "-t", self.suites[-1], *packages, cwd=folder)
-        return _debs(folder)
+        return self._fetch(folder, "download", *packages)
 
     def download_closure(self, package: str, folder: str) -> list[str]:
         """The package with all that it depends on."""
         os.makedirs(os.path.join(folder, "partial"), exist_ok=True)
+        archives = f"Dir::Cache::archives={folder}"
+        return self._fetch(folder, "install", "-y", "--download-only", "-o", archives, package)
+
+    def _fetch(self, folder: str, *arguments: str) -> list[str]:
+        apt = ["apt-get", "-q", "-t", self.suites[-1], *arguments]
         with locked(self.lock):
-            self._run("apt-get", "install", "-q", "-y", "--download-only", "-t", self.suites[-1],
-                      "-o", f"Dir::Cache::archives={folder}", package)  # fmt: skip
+            planned = self._run(*apt, "--print-uris", cwd=folder)
+            # 'URI' NAME SIZE HASH
+            sizes = re.findall(r"^'\S+' \S+ (\d+)", planned, re.MULTILINE)
+            with fetching(folder, sum(map(int, sizes))):
+                self._run(*apt, cwd=folder)
         return _debs(folder)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from .cache import artefact
@@ -85,6 +86,8 @@ def agent() -> str:
 
 
 def prepare(what: str) -> None:
+    if what == "demo":
+        _prepare_demo()
     if what in ("qemu", "all"):
         qemu()
     if what in ("kernels", "all"):
@@ -95,9 +98,20 @@ def prepare(what: str) -> None:
         initramfs(agent(), busybox())
 
 
+def _prepare_demo() -> None:
+    """One QEMU guest with the newest kernel: while one part downloads, another is unpacked."""
+    with ThreadPoolExecutor() as pool:
+        fetched = pool.submit(qemu)
+        linux = pool.submit(kernel, SERIES[-1])
+        initramfs(agent(), busybox(), linux.result().modules)
+        fetched.result()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ninepd_guests.tools", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=("qemu", "kernels", "uml", "all"))
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("demo", "qemu", "kernels", "uml", "all")
+    )
     try:
         prepare(parser.parse_args().what)
     except GuestError as error:
