@@ -19,6 +19,7 @@ SOURCES = (
     "_chains.c",
     "_watch.c",
     "_vring.c",
+    "_requests.c",
     "_waiting.c",
     "_syscalls.c",
     "_process.c",

@@ -1,6 +1,6 @@
 /*
  * Waiting for requests: spinning, sleeping, and what the driver is told of it. Comes behind
- * _vring.c.
+ * _requests.c.
  */
 
 #ifndef _GNU_SOURCE
