@@ -7,7 +7,10 @@ qid.path, 64 bits:
 
 The export's own device has index 0, so its files show the host's inode numbers. The index of
 another device and the slot of a big inode start from a hash of what they stand for and move on
-when taken: injective always, and the same after a restart unless two hashes met.
+when taken: the same after a restart unless two hashes met. Devices are remembered, so their files
+never collide. Of big inodes the last CLAIMS_MAX are, and those for good whose hashes met, which in
+63 bits nobody will see: so two of them collide only if their hashes do, and they are not seen near
+one another.
 """
 
 import threading
@@ -22,6 +25,7 @@ from ninepd.tuples import made
 INODE_BITS: Final = 48
 DEVICE_BITS: Final = 15
 _LARGE: Final = 1 << 63
+CLAIMS_MAX: Final = 1 << 14
 _S_IFMT: Final = 0o170000
 _TYPES: Final = {S_IFDIR: QidType.DIR, S_IFLNK: QidType.SYMLINK}
 
@@ -40,8 +44,10 @@ class QidMap:
         self.devices = QidDevices()
         self._index: dict[int, int] = {}
         self._used: set[int] = set()
-        self._large: dict[tuple[int, int], int] = {}
-        self._slots: set[int] = set()
+        self._claims: dict[int, tuple[int, int]] = {}
+        """Slot to device and inode, the oldest first."""
+        self._moved: dict[tuple[int, int], int] = {}
+        """Those that are not in the slot of their hash."""
         self._lock = threading.Lock()
         self._add_device(root.dev, 0)
 
@@ -69,15 +75,20 @@ class QidMap:
             known = self._index.get(stat.dev)
             if known is not None and not stat.ino >> INODE_BITS:
                 return known << INODE_BITS | stat.ino
-            key = (stat.dev, stat.ino)
-            slot = self._large.get(key)
-            if slot is None:
-                slot = _hash(*key) % _LARGE
-                while slot in self._slots:
-                    slot = (slot + 1) % _LARGE
-                self._large[key] = slot
-                self._slots.add(slot)
-            return _LARGE | slot
+            return _LARGE | self._claim((stat.dev, stat.ino))
+
+    def _claim(self, key: tuple[int, int]) -> int:
+        home = _hash(*key) % _LARGE
+        slot = self._moved.get(key, home)
+        while self._claims.get(slot, key) != key:
+            slot = (slot + 1) % _LARGE
+        if slot != home:
+            self._moved[key] = slot
+        self._claims.pop(slot, None)
+        self._claims[slot] = key
+        if len(self._claims) > CLAIMS_MAX:
+            del self._claims[next(iter(self._claims))]
+        return slot
 
     def qid(self, stat: Stat) -> Qid:
         """The whole qid of a file."""
