@@ -12,6 +12,7 @@ and says on standard output: ``ready``, ``held OP PATH`` when a call waits, ``do
 """
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -31,6 +32,7 @@ class Node:
         self.data = bytearray(data)
         self.uid = self.gid = 0
         self.times = [0, 0, 0]
+        self.xattrs: dict[str, bytes] = {}
 
     def attributes(self) -> dict[str, int]:
         return {
@@ -122,6 +124,44 @@ class Troubled(mfusepy.Operations):  # type: ignore[misc]
                 entries.append((name[len(inside) :], node.mode, node.ino))
         entries = self._dirents.get(path, entries)
         return [(name, {"st_mode": mode, "st_ino": ino}, 0) for name, mode, ino in entries]
+
+    def link(self, new: str, old: str) -> int:
+        self._meet("link", new)
+        self._nodes[new] = self._nodes[old]
+        return 0
+
+    def symlink(self, path: str, target: str) -> int:
+        self._add("symlink", path, stat.S_IFLNK | 0o777)
+        self._nodes[path].data[:] = target.encode()
+        return 0
+
+    def readlink(self, path: str) -> str:
+        return self._node("readlink", path).data.decode()
+
+    def mknod(self, path: str, mode: int, _dev: int) -> int:
+        self._add("mknod", path, mode)
+        return 0
+
+    def getxattr(self, path: str, name: str, _position: int = 0) -> bytes:
+        try:
+            return self._node("getxattr", path).xattrs[name]
+        except KeyError:
+            raise OSError(errno.ENODATA, name) from None
+
+    def listxattr(self, path: str) -> list[str]:
+        return list(self._node("listxattr", path).xattrs)
+
+    def setxattr(
+        self, path: str, name: str, value: bytes, _options: int, _position: int = 0
+    ) -> int:
+        self._node("setxattr", path).xattrs[name] = value
+        return 0
+
+    def lock(self, path: str, _fh: int, command: int, lock: Any) -> int:
+        self._meet("lock", path)
+        if command == fcntl.F_GETLK:
+            lock.contents.l_type = fcntl.F_UNLCK
+        return 0
 
     def open(self, path: str, _flags: int) -> int:
         self._node("open", path)

@@ -17,31 +17,47 @@ from typing import Any
 
 import pytest
 
+from ninepd.ops.table import ROWS
 from ninepd.p9.messages import (
+    NOFID,
+    LockType,
     Qid,
     Rfsync,
     Rlerror,
     Rread,
     SetattrValid,
+    Tattach,
+    Tauth,
     Tclunk,
     Tflush,
     Tfsync,
     Tgetattr,
+    Tgetlock,
     Tlcreate,
+    Tlink,
+    Tlock,
     Tlopen,
     Tmkdir,
+    Tmknod,
     Tread,
     Treaddir,
+    Treadlink,
+    Tremove,
+    Trename,
     Trenameat,
     Tsetattr,
     Tstatfs,
+    Tsymlink,
     Tunlinkat,
     Tversion,
     Twalk,
     Twrite,
+    Txattrcreate,
+    Txattrwalk,
     decode,
     encode,
 )
+from ninepd.p9.session import Dialect
 from ninepd.vhostuser.messages import Request
 from tests.client import MSIZE, ROOT, Client, Daemon
 from tests.conftest import StartDaemon
@@ -264,7 +280,8 @@ def change(fid: int, valid: int, mode: int = 0, size: int = 0) -> Tsetattr:
 
 
 # Operation and path that wait there, the request, and what it is answered with in the end. Fids:
-# 1 the mount's root, 2 its file "slow", 3 the same open, 4 its directory "dir", 5 the same open.
+# 1 the mount's root, 2 its file "slow", 3 the same open, 4 its directory "dir", 5 the same open,
+# 6 the file in it, 7 a symbolic link, 8 an attribute of "slow" that is to be set.
 HANGS: dict[str, tuple[str, str, Any, bytes]] = {
     "walk": ("getattr", "/slow", Twalk(1, 9, (b"slow",)), b""),
     "walk from outside": ("getattr", "/slow", Twalk(ROOT, 9, (b"m", b"slow")), b""),
@@ -282,7 +299,26 @@ HANGS: dict[str, tuple[str, str, Any, bytes]] = {
     "rename": ("rename", "/dir/file", Trenameat(4, b"file", 1, b"moved"), b""),
     "readdir": ("readdir", "/dir", Treaddir(5, 0, 1000), b""),
     "clunk": ("flush", "/slow", Tclunk(3), b""),
+    "attach": ("getattr", "/dir", Tattach(9, NOFID, b"", b"m/dir", 0), b""),
+    "link": ("link", "/dir/new", Tlink(4, 2, b"new"), b""),
+    "symlink": ("symlink", "/dir/new", Tsymlink(4, b"new", b"target", 0), b""),
+    "mknod": ("mknod", "/dir/new", Tmknod(4, b"new", stat.S_IFIFO | 0o600, 0, 0, 0), b""),
+    "readlink": ("readlink", "/dir/link", Treadlink(7), b""),
+    "rename of a fid": ("rename", "/dir/file", Trename(6, 1, b"moved"), b""),
+    "remove": ("unlink", "/dir/file", Tremove(6), b""),
+    "lock": ("lock", "/slow", Tlock(3, LockType.WRLCK, 0, 0, 100, 1, b"guest"), b""),
+    "getlock": ("lock", "/slow", Tgetlock(3, LockType.WRLCK, 0, 100, 1, b"guest"), b""),
+    "xattr": ("getxattr", "/slow", Txattrwalk(2, 9, b"user.x"), b""),
+    "names of xattrs": ("listxattr", "/slow", Txattrwalk(2, 9, b""), b""),
+    "setting an xattr": ("setxattr", "/slow", Tclunk(8), b""),
 }
+NEVER_WAITS = {Tauth, Tflush, Tversion, Txattrcreate}
+"""They do not touch the export."""
+
+
+def test_every_message_is_in_hangs() -> None:
+    served = {row.message for row in ROWS[Dialect.L].values()}
+    assert {type(message) for _, _, message, _ in HANGS.values()} == served - NEVER_WAITS
 
 
 @pytest.mark.parametrize("what", HANGS)
@@ -293,6 +329,12 @@ def test_any_operation_may_hang(fuse: Fuse, client: Client, what: str) -> None:
     client.open(2, 3, flags=2)
     client.walk(1, 4, b"dir")
     client.open(4, 5)
+    client.walk(4, 6, b"file")
+    client.rpc(Tsymlink(4, b"link", b"target", 0))
+    client.walk(4, 7, b"link")
+    client.set_xattr(2, b"user.x", b"value")
+    client.walk(2, 8)
+    client.rpc(Txattrcreate(8, b"user.x", 0, 0))
     fuse.hold(op, path)
     head = send(client, message, data)
     fuse.wait_held(op, path)
@@ -580,6 +622,18 @@ def test_half_a_write(fuse: Fuse, client: Client) -> None:
     assert client.read(2, 0, 100) == b"QUICK text"
 
 
+def test_failed_open_leaves_the_fid_unopened(fuse: Fuse, client: Client, daemon: Daemon) -> None:
+    """Also where the file was opened, and only the qid for the answer could not be had."""
+    client.walk(ROOT, 1, b"m", b"quick")
+    before = daemon.descriptors()
+    fuse.fail("getattr", "/quick", errno.EIO)
+    assert client.error(Tlopen(1, 0)) == "EIO"
+    assert daemon.descriptors() == before
+    fuse.fail("getattr", "/quick", 0)
+    client.rpc(Tlopen(1, 0))
+    assert client.read(1, 0, 100) == b"quick text"
+
+
 def test_failed_create_leaves_the_fid_a_directory(fuse: Fuse, client: Client) -> None:
     client.walk(ROOT, 1, b"m", b"dir")
     fuse.fail("create", "/dir/new", errno.ENOSPC)
@@ -676,7 +730,7 @@ def test_hostile_listing(fuse: Fuse, client: Client) -> None:
     assert {entry.name for entry in found} == {b"quick", b"dir", b"slow"}
     for entry in found:
         (qid,) = client.walk(1, 2, entry.name)
-        assert entry.qid == qid
+        assert entry.shows(qid)
         assert entry.type == (4 if entry.name == b"dir" else 8)
         client.clunk(2)
 
