@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 
 HOT = [
     "ninepd/jobs.py",
+    "ninepd/listing.py",
     "ninepd/payload.py",
     "ninepd/pipeline.py",
     "ninepd/syscalls.py",

@@ -98,7 +98,13 @@ static void read_directory(int directory) {
         }
 }
 
-static void readdir_all(void) { read_directory(directory); }
+/* Names, types and numbers, as an Rreaddir has them: without a look at each file. */
+static void readdir_all(void) {
+    static char entries[32 * KIB];
+    check(lseek(directory, 0, SEEK_SET), "lseek");
+    while (check(getdents64(directory, entries, sizeof entries), "getdents64"))
+        ;
+}
 
 static void list(void) { read_directory(large_directory); }
 

@@ -216,7 +216,7 @@ def _targets(samples: Samples) -> list[Target]:
         *(
             Target.at_most(
                 f"readdir of 1,000, depth {depth}: time x bare",
-                2.5,
+                1.5,
                 inverse(against_bare("readdir", depth)),
             )
             for depth in samples.where(who=RING, what="readdir").names("depth")

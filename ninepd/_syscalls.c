@@ -3,15 +3,14 @@
  * out. No policy and no fids here. Every name is one component relative to a directory descriptor,
  * so openat2 with SCOPED can neither leave that directory nor follow a link (openat2(2)).
  *
- * Two results are encoded for the wire because one call then serves one request: the body of an
- * Rgetattr and a run of Rreaddir entries. Both need qid.path numbers; the table of devices that
- * makes them belongs to Python (export/qid.py) and is only read here.
+ * The body of an Rgetattr is encoded for the wire because one call then serves one request. It
+ * needs qid.path numbers; the table of devices that makes them belongs to Python (export/qid.py)
+ * and is only read here.
  */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <dirent.h>
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -61,9 +60,6 @@ int nd_open_scoped(int dirfd, const char *name, int flags);
 int nd_open_parent(int dirfd);
 int nd_getattr(int fd, const nd_qid_table *table, uint64_t generation, uint8_t *body);
 int nd_getattr_as(int fd, uint64_t path, uint64_t generation, uint8_t *body);
-int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_table *table, uint8_t *out,
-                   uint32_t size);
-int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size);
 int nd_create(int dirfd, const char *name, int flags, uint32_t mode, uint32_t uid, uint32_t gid);
 int nd_mkdir(int dirfd, const char *name, uint32_t mode, uint32_t uid, uint32_t gid);
 int nd_symlink(const char *target, int dirfd, const char *name, uint32_t uid, uint32_t gid);
@@ -164,8 +160,8 @@ static uint64_t generation_of(int fd, const struct statx *st) {
     return ND_OWN_GENERATION | h;
 }
 
-static uint64_t device_number(uint32_t major_number, uint32_t minor_number) {
-    return makedev(major_number, minor_number);
+static uint64_t device_of(const struct statx *st) {
+    return makedev(st->stx_dev_major, st->stx_dev_minor);
 }
 
 static int stat_with(int fd, const char *name, int sync, struct statx *st) {
@@ -185,7 +181,7 @@ static int stat_cached(int fd, const char *name, struct statx *st) {
 
 static void fill_stat(nd_stat *out, const struct statx *st) {
     *out = (nd_stat){
-        .dev = device_number(st->stx_dev_major, st->stx_dev_minor),
+        .dev = device_of(st),
         .ino = st->stx_ino,
         .mnt_id = st->stx_mnt_id,
         .mode = st->stx_mode,
@@ -258,20 +254,19 @@ static uint8_t *put64(uint8_t *at, uint64_t value) {
     return at + sizeof value;
 }
 
-static int qid_path(const struct statx *st, const nd_qid_table *table, uint64_t *path) {
-    uint64_t dev = device_number(st->stx_dev_major, st->stx_dev_minor);
-    if (st->stx_ino < QID_INO_LIMIT)
+static int qid_path(uint64_t dev, uint64_t ino, const nd_qid_table *table, uint64_t *path) {
+    if (ino < QID_INO_LIMIT)
         for (uint64_t i = 0; i < table->count; i++)
             if (table->devices[i].dev == dev) {
-                *path = table->devices[i].prefix | st->stx_ino;
+                *path = table->devices[i].prefix | ino;
                 return 0;
             }
     return ND_UNMAPPED;
 }
 
-static uint8_t *put_qid(uint8_t *at, const struct statx *st, uint64_t path) {
-    uint8_t type = S_ISDIR(st->stx_mode) ? 0x80 : S_ISLNK(st->stx_mode) ? 0x02 : 0;
-    return put64(put32(put8(at, type), qid_version(st)), path);
+static uint8_t *put_qid(uint8_t *at, uint32_t mode, uint32_t version, uint64_t path) {
+    uint8_t type = S_ISDIR(mode) ? 0x80 : S_ISLNK(mode) ? 0x02 : 0;
+    return put64(put32(put8(at, type), version), path);
 }
 
 static uint8_t *put_time(uint8_t *at, struct statx_timestamp time) {
@@ -287,7 +282,7 @@ static void put_attributes(uint8_t *at, const struct statx *st, uint64_t path,
                     ((uint64_t)(st->stx_rdev_minor & ~0xffU) << 12); /* new_encode_dev() */
     at = put64(at, basic | (st->stx_mask & STATX_BTIME ? btime : 0) |
                        (generation & ND_OWN_GENERATION ? gen : 0));
-    at = put_qid(at, st, path);
+    at = put_qid(at, st->stx_mode, qid_version(st), path);
     at = put32(put32(put32(at, st->stx_mode), st->stx_uid), st->stx_gid);
     at = put64(put64(put64(at, st->stx_nlink), rdev), st->stx_size);
     at = put64(put64(at, st->stx_blksize), st->stx_blocks);
@@ -303,7 +298,7 @@ int nd_getattr(int fd, const nd_qid_table *table, uint64_t generation, uint8_t *
     uint64_t path;
     int error = stat_fd(fd, "", &st);
     if (!error)
-        error = qid_path(&st, table, &path);
+        error = qid_path(device_of(&st), st.stx_ino, table, &path);
     if (!error)
         put_attributes(body, &st, path, generation);
     return error;
@@ -316,64 +311,6 @@ int nd_getattr_as(int fd, uint64_t path, uint64_t generation, uint8_t *body) {
     if (!error)
         put_attributes(body, &st, path, generation);
     return error;
-}
-
-struct dirent64_head { /* getdents64(2); glibc's struct dirent64 has a fixed-size name */
-    uint64_t ino;
-    int64_t off;
-    uint16_t reclen;
-    uint8_t type;
-    char name[];
-} __attribute__((packed));
-
-/* Entries after position `offset` (0: the start) as the kernel gives them; bytes or -errno. */
-int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size) {
-    if (lseek(fd, (off_t)offset, SEEK_SET) < 0)
-        return -errno;
-    long got = syscall(SYS_getdents64, fd, out, size);
-    return got < 0 ? -errno : got;
-}
-
-/*
- * A run of Rreaddir entries after position `offset`, whole entries only, at most `size` bytes.
- * Returns the bytes written (0: the end), -EINVAL if not even one entry fits, -EDOM if the first
- * one has no number in the table. Each entry is looked up, because only that shows the root of
- * what is mounted there, whose identity a walk would show too; one that cannot be looked up, for
- * example because it has vanished meanwhile, is left out. `at_root`: ".." is the directory itself,
- * as it is for a walk.
- */
-int64_t nd_readdir(int fd, uint64_t offset, int at_root, const nd_qid_table *table, uint8_t *out,
-                   uint32_t size) {
-    enum { CHUNK = 32768, FIXED = 13 + 8 + 1 + 2 };
-    _Alignas(8) uint8_t chunk[CHUNK];
-    uint32_t used = 0;
-    for (;;) {
-        /* An entry takes about as much here as there: reading much more than fits is wasted. */
-        uint32_t want = size - used < CHUNK ? size - used : CHUNK;
-        int64_t got = nd_getdents(fd, offset, chunk, want < 512 ? 512 : want);
-        if (got <= 0)
-            return used ? (int64_t)used : got;
-        for (int64_t at = 0; at < got;) {
-            const struct dirent64_head *entry = (const struct dirent64_head *)(chunk + at);
-            const char *name = entry->name;
-            size_t length = strlen(name);
-            at += entry->reclen;
-            if (used + FIXED + length > size)
-                return used ? (int64_t)used : -EINVAL;
-            struct statx st;
-            int error = stat_cached(fd, at_root && !strcmp(name, "..") ? "" : name, &st);
-            offset = (uint64_t)entry->off;
-            if (error)
-                continue;
-            uint64_t path;
-            if (qid_path(&st, table, &path))
-                return used ? (int64_t)used : -EDOM;
-            uint8_t *to = put_qid(out + used, &st, path);
-            to = put8(put64(to, offset), (uint8_t)((st.stx_mode & S_IFMT) >> 12)); /* IFTODT() */
-            memcpy(put16(to, (uint16_t)length), name, length);
-            used += FIXED + (uint32_t)length;
-        }
-    }
 }
 
 /*

@@ -22,6 +22,7 @@ SOURCES = (
     "_requests.c",
     "_waiting.c",
     "_syscalls.c",
+    "_listing.c",
     "_process.c",
 )
 """In this order: each uses what stands before it."""

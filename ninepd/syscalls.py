@@ -7,7 +7,6 @@ close. The interpreter lock is released during each call.
 import errno
 import fcntl
 import os
-import sys
 from struct import Struct
 from typing import Any, Final, NamedTuple, Protocol, cast
 
@@ -67,10 +66,6 @@ class _Lib(Protocol):
     def nd_open_parent(self, dirfd: int) -> int: ...
     def nd_getattr(self, fd: int, table: Any, generation: int, body: Any) -> int: ...
     def nd_getattr_as(self, fd: int, path: int, generation: int, body: Any) -> int: ...
-    def nd_readdir(
-        self, fd: int, offset: int, at_root: bool, table: Any, out: Any, size: int
-    ) -> int: ...
-    def nd_getdents(self, fd: int, offset: int, out: Any, size: int) -> int: ...
     def nd_create(
         self, dirfd: int, name: bytes, flags: int, mode: int, uid: int, gid: int
     ) -> int: ...
@@ -113,7 +108,8 @@ def copy(source: Any, target: Any, size: int) -> None:
 _buffer: Final = _ffi.buffer
 
 
-def _checked(result: int) -> int:
+def checked(result: int) -> int:
+    """A result of C that is not negative; else that is an errno."""
     if result < 0:
         raise OSError(-result, os.strerror(-result))
     return result
@@ -169,7 +165,7 @@ def walk(dirfd: int, name: bytes) -> tuple[int, Stat] | None:
     if fd == -errno.ENOENT:
         _spare.append(out)
         return None
-    return _checked(fd), _stat_in(out)
+    return checked(fd), _stat_in(out)
 
 
 def stat(fd: int) -> Stat:
@@ -187,18 +183,18 @@ def stat_at(dirfd: int, name: bytes) -> Stat:
 
 def _stat(dirfd: int, name: bytes, identify: bool) -> Stat:
     out = _stat_room()
-    _checked(_lib.nd_stat_at(dirfd, name, identify, out[0]))
+    checked(_lib.nd_stat_at(dirfd, name, identify, out[0]))
     return _stat_in(out)
 
 
 def open_scoped(dirfd: int, name: bytes, flags: int) -> int:
     """openat2 that neither leaves ``dirfd`` nor follows any link."""
-    return _checked(_lib.nd_open_scoped(dirfd, name, flags))
+    return checked(_lib.nd_open_scoped(dirfd, name, flags))
 
 
 def open_parent(dirfd: int) -> int:
     """An O_PATH descriptor of ``..``, wherever that is: the caller checks that it may be used."""
-    return _checked(_lib.nd_open_parent(dirfd))
+    return checked(_lib.nd_open_parent(dirfd))
 
 
 def getattr_body(fd: int, devices: QidDevices, generation: int, body: Any) -> bool:
@@ -206,73 +202,48 @@ def getattr_body(fd: int, devices: QidDevices, generation: int, body: Any) -> bo
 
     False if the table has no qid.path for it; then use ``getattr_body_as``.
     """
-    return _checked(_lib.nd_getattr(fd, devices.table, generation, body)) != _UNMAPPED
+    return checked(_lib.nd_getattr(fd, devices.table, generation, body)) != _UNMAPPED
 
 
 def getattr_body_as(fd: int, path: int, generation: int, body: Any) -> None:
     """The same with a given qid.path."""
-    _checked(_lib.nd_getattr_as(fd, path, generation, body))
-
-
-def readdir(fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
-    """A run of Rreaddir entries after position ``offset``, at most ``size`` bytes.
-
-    Empty at the end. EINVAL if not one entry fits, EDOM if the table has no number for the first.
-    """
-    out = _new("uint8_t[]", size)
-    got = _checked(_lib.nd_readdir(fd, offset, at_root, devices.table, out, size))
-    return cast("bytes", _buffer(out)[0:got])
-
-
-def getdents(fd: int, offset: int, size: int = 32768) -> list[tuple[int, bytes]]:
-    """(position behind it, name) of directory entries after position ``offset``."""
-    out = _new("uint8_t[]", size)
-    got = _checked(_lib.nd_getdents(fd, offset, out, size))
-    data = bytes(_buffer(out)[0:got])
-    entries = []
-    at = 0
-    while at < got:
-        position = int.from_bytes(data[at + 8 : at + 16], sys.byteorder)
-        length = int.from_bytes(data[at + 16 : at + 18], sys.byteorder)
-        entries.append((position, data[at + 19 : data.index(0, at + 19)]))
-        at += length
-    return entries
+    checked(_lib.nd_getattr_as(fd, path, generation, body))
 
 
 def create(dirfd: int, name: bytes, flags: int, mode: int, uid: int, gid: int) -> int:
     """Create and open a regular file that does not exist yet (EEXIST), owned by uid and gid."""
-    return _checked(_lib.nd_create(dirfd, name, flags, mode, uid, gid))
+    return checked(_lib.nd_create(dirfd, name, flags, mode, uid, gid))
 
 
 def mkdir(dirfd: int, name: bytes, mode: int, uid: int, gid: int) -> None:
     """mkdirat(2) under the identity uid, gid."""
-    _checked(_lib.nd_mkdir(dirfd, name, mode, uid, gid))
+    checked(_lib.nd_mkdir(dirfd, name, mode, uid, gid))
 
 
 def symlink(target: bytes, dirfd: int, name: bytes, uid: int, gid: int) -> None:
     """symlinkat(2) under the identity uid, gid."""
-    _checked(_lib.nd_symlink(target, dirfd, name, uid, gid))
+    checked(_lib.nd_symlink(target, dirfd, name, uid, gid))
 
 
 def mknod(dirfd: int, name: bytes, mode: int, major: int, minor: int, uid: int, gid: int) -> None:
     """mknodat(2) under the identity uid, gid."""
-    _checked(_lib.nd_mknod(dirfd, name, mode, major, minor, uid, gid))
+    checked(_lib.nd_mknod(dirfd, name, mode, major, minor, uid, gid))
 
 
 def chown(fd: int, uid: int, gid: int) -> None:
     """Change the owner of what ``fd`` holds, a symbolic link included; NO_ID keeps one."""
-    _checked(_lib.nd_chown(fd, uid, gid))
+    checked(_lib.nd_chown(fd, uid, gid))
 
 
 def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
     """Set (seconds, nanoseconds) times; nanoseconds may be UTIME_NOW or UTIME_OMIT."""
-    _checked(_lib.nd_utimens(fd, *atime, *mtime))
+    checked(_lib.nd_utimens(fd, *atime, *mtime))
 
 
 def fstatfs(fd: int) -> Statfs:
     """Statistics of the file system that ``fd`` lies on."""
     out = _new("nd_statfs *")
-    _checked(_lib.nd_fstatfs(fd, out))
+    checked(_lib.nd_fstatfs(fd, out))
     return Statfs._make(_STATFS.unpack(_buffer(out)))
 
 
@@ -291,7 +262,7 @@ def find_lock(fd: int, kind: int, start: int, length: int) -> tuple[int, int, in
 def file_handle(fd: int) -> bytes:
     """The kernel's name for the inode, its generation included; EOPNOTSUPP if it has none."""
     out = _new("uint8_t[]", _HANDLE_MAX)
-    size = _checked(_lib.nd_file_handle(fd, out))
+    size = checked(_lib.nd_file_handle(fd, out))
     return cast("bytes", _buffer(out)[0:size])
 
 
@@ -300,7 +271,7 @@ def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
 
     Needs CAP_DAC_READ_SEARCH. ``mount_fd`` must not be an O_PATH descriptor.
     """
-    return _checked(_lib.nd_open_by_handle(mount_fd, handle, len(handle), flags))
+    return checked(_lib.nd_open_by_handle(mount_fd, handle, len(handle), flags))
 
 
 def getxattr(fd: int, name: bytes) -> bytes | None:
@@ -315,9 +286,17 @@ def getxattr(fd: int, name: bytes) -> bytes | None:
             return None
         if got != -errno.ERANGE:
             break
-    return cast("bytes", _buffer(out)[0 : _checked(got)])
+    return cast("bytes", _buffer(out)[0 : checked(got)])
 
 
 def keep_capabilities() -> None:
     """Let the calling thread, and those it starts, keep capabilities while creating as others."""
-    _checked(_lib.nd_keep_capabilities())
+    checked(_lib.nd_keep_capabilities())
+
+
+def keep_set_ids(keep: bool) -> None:
+    """Let setuid and setgid bits outlive what the calling thread does from now on, or not.
+
+    If not, they go with a write or a truncation, as for a user who is not root (write(2)).
+    """
+    checked(_lib.nd_keep_set_ids(keep))

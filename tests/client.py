@@ -57,6 +57,10 @@ class Entry(NamedTuple):
     type: int
     name: bytes
 
+    def shows(self, qid: Qid) -> bool:
+        """Is it an entry of that file? Clients do not look at its version."""
+        return (self.qid.type, self.qid.path) == (qid.type, qid.path)
+
 
 class Readiness:
     """The service manager's end of sd_notify(3)."""

@@ -26,7 +26,7 @@ LAYERS: Final = (
     {"payload", "workers"},
     {"ops"},
     {"export"},
-    {"vhostuser", "p9"},
+    {"vhostuser", "p9", "listing"},
     {"logs"},
     {"foreign"},
     {"vring", "syscalls", "stats", "config", "capabilities", "process"},

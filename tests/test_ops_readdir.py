@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ninepd.listing import Cookies
 from ninepd.p9.messages import Treaddir, Tunlinkat
-from tests.client import ROOT, Client, Entry
-from tests.conftest import Mount
+from tests.client import ROOT, Client, Entry, entries
+from tests.conftest import OTHER_USER, Mount, StartDaemon
 
 MSIZE = 1 << 17
 
@@ -190,7 +191,7 @@ def test_types_and_numbers_are_those_of_a_walk(client: Client, export: Path) -> 
     client.open(ROOT, 1)
     for fid, entry in enumerate(client.listing(1), 100):
         (qid,) = client.walk(ROOT, fid, entry.name)
-        assert entry.qid == qid
+        assert entry.shows(qid)
         assert entry.type == stat.S_IFMT(client.getattr(fid).mode) >> 12
 
 
@@ -222,7 +223,7 @@ def test_mount_points_show_what_is_mounted(client: Client, export: Path, mount: 
         paths |= {mounted.path, inside.path}
         client.open(ROOT, fid + 10, name)
         (entry,) = [entry for entry in client.listing(fid + 10) if entry.name == b"f"]
-        assert entry.qid == inside
+        assert entry.shows(inside)
         (up,) = [entry for entry in client.listing(fid + 10) if entry.name == b".."]
         assert up.qid.path == client.getattr(ROOT).qid.path
     assert len(paths) == 4
@@ -236,10 +237,12 @@ def test_listing_before_any_walk_into_the_mount(client: Client, export: Path, mo
     client.open(ROOT, 1)
     (mounted,) = [entry for entry in client.listing(1) if entry.name == b"m"]
     client.open(ROOT, 2, b"m")
-    listed = {entry.name: entry.qid for entry in client.listing(2)}
+    listed = {entry.name: entry for entry in client.listing(2)}
     assert len(listed) == 302
     for name in (b"0", b"299"):
-        assert client.walk(ROOT, 3, b"m", name) == (mounted.qid, listed[name])
+        above, found = client.walk(ROOT, 3, b"m", name)
+        assert mounted.shows(above)
+        assert listed[name].shows(found)
         client.clunk(3)
 
 
@@ -258,3 +261,104 @@ def test_open_descriptor_survives_a_rename(client: Client, export: Path) -> None
     client.open(ROOT, 1, b"d")
     (export / "d").rename(export / "e")
     assert set(names_of(client.listing(1))) == {b".", b"..", b"f"}
+
+
+def test_directory_that_may_be_read_and_not_searched(
+    start_daemon: StartDaemon, other_user: tuple[str, ...], export: Path
+) -> None:
+    """The names are there to be read by a daemon without privileges, as by any process."""
+    (export / "d/sub").mkdir(parents=True)
+    (export / "d/f").write_text("")
+    for path in (export / "d", export):
+        os.chown(path, OTHER_USER, OTHER_USER)
+    (export / "d").chmod(0o400)
+    daemon = start_daemon(launcher=other_user)
+    with Client(daemon.socket) as client:
+        client.attach(OTHER_USER)
+        client.open(ROOT, 1, b"d")
+        found = {entry.name: entry.type for entry in client.listing(1)}
+    assert found == {b".": 4, b"..": 4, b"sub": 4, b"f": 8}
+
+
+# Cookies
+
+
+def entries_at(positions: range) -> bytes:
+    """Rreaddir entries as C makes them, with positions of the host's."""
+    return b"".join([bytes(13) + at.to_bytes(8, "little") + b"\x08\x01\x00x" for at in positions])
+
+
+def resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+
+def test_cookies_of_a_directory_that_churns_are_bounded() -> None:
+    """Two million names come and go; who reads on, or seeks back a little, does not care."""
+    cookies = Cookies()
+    step = 1 << 12
+    before = resident()
+    previous, known = b"", 0
+    for first in range(1 << 40, (1 << 40) + (2 << 20), step):
+        run = entries_at(range(first, first + step))
+        numbers = [entry.offset for entry in entries(cookies.shorten(run))]
+        assert max(numbers) < 1 << 31
+        assert cookies.position(numbers[-1]) == first + step - 1
+        if previous:
+            assert next(iter(entries(cookies.shorten(previous)))).offset == known
+        previous, known = run, numbers[0]
+    assert resident() - before < 32 << 20
+    with pytest.raises(OSError, match="Invalid"):
+        cookies.position(1 << 30)  # the first of all
+
+
+def test_small_positions_are_their_own_cookies() -> None:
+    cookies = Cookies()
+    run = entries_at(range(1000))
+    assert cookies.shorten(run) == run
+    assert cookies.position((1 << 30) - 1) == (1 << 30) - 1
+
+
+def test_seeks_see_what_has_changed(client: Client, many: set[bytes], export: Path) -> None:
+    """Entries that were sent once are sent again only as long as they are right."""
+    client.open(ROOT, 1)
+    found = client.listing(1, MSIZE - 24)
+    cookie = found[10].offset
+    assert client.readdir(1, cookie, MSIZE - 24)[0] == found[11]
+    few = client.readdir(1, cookie, 600)
+    assert 0 < len(few) < 30
+    assert few == found[11 : 11 + len(few)]
+    (export / os.fsdecode(found[11].name)).unlink()
+    assert client.readdir(1, cookie, MSIZE - 24)[0] == found[12]
+
+
+# Numbers
+
+
+def test_overlay(client: Client, export: Path, mount: Mount, memory_dir: Path) -> None:
+    """Its directory entries show numbers of the layers, its files others."""
+    for name in ("lower", "upper", "work", "lower/d"):
+        (memory_dir / name).mkdir()
+    (export / "more").mkdir()
+    for folder in (memory_dir / "lower", memory_dir / "upper", memory_dir / "lower/d"):
+        (folder / f"in-{folder.name}").write_text("")
+    (export / "more/third").write_text("")
+    (memory_dir / "lower/copied").write_text("")
+    options = f"lowerdir={memory_dir}/lower:{export}/more,upperdir={memory_dir}/upper"
+    mount(export / "m", "-t", "overlay", "-o", f"{options},workdir={memory_dir}/work", "none")
+    (export / "m/copied").write_text("up")
+    client.open(ROOT, 1, b"m")
+    for fid, entry in enumerate(client.listing(1), 100):
+        (_, qid) = client.walk(ROOT, fid, b"m", entry.name)
+        assert entry.shows(qid), entry.name
+
+
+def test_mount_point_with_an_odd_name(client: Client, export: Path, mount: Mount) -> None:
+    """As /proc/self/mountinfo writes it, with octal numbers. It comes while the daemon runs."""
+    name = "a b\\\n\t#\u00e9"
+    client.open(ROOT, 1)
+    (export / name).mkdir()
+    client.listing(1)
+    mount(export / name, "-t", "tmpfs", "none")
+    (entry,) = [entry for entry in client.listing(1) if entry.name == os.fsencode(name)]
+    assert entry.shows(client.walk(ROOT, 2, os.fsencode(name))[0])

@@ -18,9 +18,9 @@ from mypy_extensions import i32, mypyc_attr
 
 from ninepd import syscalls
 from ninepd.config import Multidevs
-from ninepd.export.cookies import Cookies
 from ninepd.export.descriptors import Budget, Holder, on_worker
 from ninepd.export.volumes import Volume, Volumes
+from ninepd.listing import Cookies
 from ninepd.syscalls import Stat
 
 

@@ -8,6 +8,7 @@ import os
 from abc import abstractmethod
 from typing import Any, Final
 
+from ninepd.listing import Cookies, LookUp
 from ninepd.syscalls import QidDevices, Stat, Statfs
 
 ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
@@ -70,8 +71,18 @@ class Host:
         """The path by which the kernel knows what a descriptor holds (proc(5))."""
 
     @abstractmethod
-    def readdir(self, fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
-        """A run of Rreaddir entries behind a position; see ``syscalls.readdir``."""
+    def readdir(
+        self,
+        fd: int,
+        offset: int,
+        at_root: bool,
+        look_up: LookUp,
+        covered: bytes,
+        devices: QidDevices,
+        cookies: Cookies,
+        size: int,
+    ) -> bytes:
+        """A run of Rreaddir entries behind a position; see ``listing.readdir``."""
 
     @abstractmethod
     def getdents(self, fd: int, offset: int) -> list[tuple[int, bytes]]:
@@ -151,6 +162,10 @@ class Host:
         """Remove an empty directory."""
 
     # Attributes and data
+
+    @abstractmethod
+    def act_for(self, uid: int) -> None:
+        """This thread writes for a user from now on: set-ID bits go, unless he is root."""
 
     @abstractmethod
     def chmod(self, fd: int, mode: int) -> None:

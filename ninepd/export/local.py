@@ -14,11 +14,12 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-from ninepd import syscalls
+from ninepd import listing, syscalls
 from ninepd.capabilities import privileged
 from ninepd.errors import UsageError
 from ninepd.export.host import ACLS, Host, Time
 from ninepd.export.readonly import ReadonlyHost
+from ninepd.listing import Cookies, LookUp
 from ninepd.syscalls import NO_ID, QidDevices, Stat, Statfs, fd_path
 
 
@@ -75,11 +76,21 @@ class LocalHost(Host):
     def name_of(self, fd: int) -> bytes:
         return os.readlink(os.fsencode(fd_path(fd)))
 
-    def readdir(self, fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
-        return syscalls.readdir(fd, offset, at_root, devices, size)
+    def readdir(
+        self,
+        fd: int,
+        offset: int,
+        at_root: bool,
+        look_up: LookUp,
+        covered: bytes,
+        devices: QidDevices,
+        cookies: Cookies,
+        size: int,
+    ) -> bytes:
+        return listing.readdir(fd, offset, at_root, look_up, covered, devices, cookies, size)
 
     def getdents(self, fd: int, offset: int) -> list[tuple[int, bytes]]:
-        return syscalls.getdents(fd, offset)
+        return listing.getdents(fd, offset)
 
     # Descriptors
 
@@ -103,8 +114,6 @@ class LocalHost(Host):
             return self._open(fd, flags & ~os.O_NOATIME, wait)
 
     def _open(self, fd: int, flags: int, wait: bool) -> int:
-        if flags & os.O_DIRECTORY:
-            return syscalls.open_scoped(fd, b".", flags)
         if wait:
             return os.open(fd_path(fd), flags)
         # A lease would keep us waiting without O_NONBLOCK; afterwards the flag must not linger,
@@ -158,6 +167,9 @@ class LocalHost(Host):
         os.rmdir(name, dir_fd=directory)
 
     # Attributes and data
+
+    def act_for(self, uid: int) -> None:
+        syscalls.keep_set_ids(uid == 0)
 
     def chmod(self, fd: int, mode: int) -> None:
         os.chmod(fd_path(fd), mode)

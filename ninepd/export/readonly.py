@@ -5,6 +5,7 @@ import os
 from typing import Any, Final, NoReturn
 
 from ninepd.export.host import Host, Time
+from ninepd.listing import Cookies, LookUp
 from ninepd.syscalls import QidDevices, Stat, Statfs
 
 _FOR_CHANGE: Final = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
@@ -53,8 +54,18 @@ class ReadonlyHost(Host):
     def name_of(self, fd: int) -> bytes:
         return self._host.name_of(fd)
 
-    def readdir(self, fd: int, offset: int, at_root: bool, devices: QidDevices, size: int) -> bytes:
-        return self._host.readdir(fd, offset, at_root, devices, size)
+    def readdir(
+        self,
+        fd: int,
+        offset: int,
+        at_root: bool,
+        look_up: LookUp,
+        covered: bytes,
+        devices: QidDevices,
+        cookies: Cookies,
+        size: int,
+    ) -> bytes:
+        return self._host.readdir(fd, offset, at_root, look_up, covered, devices, cookies, size)
 
     def getdents(self, fd: int, offset: int) -> list[tuple[int, bytes]]:
         return self._host.getdents(fd, offset)
@@ -127,6 +138,9 @@ class ReadonlyHost(Host):
         refuse()
 
     # Attributes and data
+
+    def act_for(self, uid: int) -> None:
+        self._host.act_for(uid)
 
     def chmod(self, _fd: int, _mode: int) -> None:
         refuse()

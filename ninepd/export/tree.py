@@ -10,7 +10,9 @@ from ninepd.config import Multidevs
 from ninepd.export.descriptors import Budget
 from ninepd.export.handles import Handle, HandleTable, Opened, Place, is_same_inode
 from ninepd.export.host import Host
+from ninepd.export.mounts import Mounts
 from ninepd.export.qid import QidMap
+from ninepd.listing import LookUp
 from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
 
@@ -60,10 +62,12 @@ class Tree:
         self.root.pins = 1
 
     def close(self) -> None:
+        self.mounts = Mounts()
         """Let the root go; handles still held by fids must have been released."""
         self.handles.release(self.root)
 
     # Looking
+        self.mounts.close()
 
     def walk(self, directory: Handle, name: bytes) -> tuple[Handle, Stat] | None:
         """Look one name up, None if it is not there; a symbolic link is found as itself.
@@ -92,6 +96,25 @@ class Tree:
 
     def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
         """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.
+    def awaits_mount(self, handle: Handle, stat: Stat) -> bool:
+        """Would entering this directory, which a walk has found, mount something on it?
+
+        autofs does not say so of single directories.
+        """
+        return handle.is_directory and bool(stat.automount or handle.volume.automounts)
+
+    def mounted(self, directory: Handle, name: bytes, found: Handle) -> tuple[Handle, Stat]:
+        """Enter ``found``, which is given back: what is there now. It may take any time."""
+        self.handles.release(found)
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+        fd = self.host.open_below(directory.fd, name, flags)
+        try:
+            stat = self.host.stat(fd)
+        except OSError:
+            self.host.close(fd)
+            raise
+        return self.handles.adopt(fd, stat, (directory, name)), stat
+
 
         The host may have moved the directory out of the export while the guest holds it.
         """
@@ -147,6 +170,11 @@ class Tree:
 
     def find(self, handle: Handle) -> Place:
         """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
+    def covered(self, directory: Handle) -> tuple[LookUp, bytes]:
+        """Which entries of a directory have to be looked up, as ``listing.readdir`` takes it."""
+        names = self.mounts.covered(directory.volume.mount.mnt_id)
+        return (LookUp.ALL, b"") if names is None else (directory.volume.look_up, names)
+
 
         The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).
         It is used only if it leads, inside the export, to the file itself. The directory's
@@ -196,9 +224,7 @@ class Tree:
             raise OSError(errno.ELOOP, "a symbolic link cannot be opened")
         if handle.kind not in {st.S_IFREG, st.S_IFDIR}:
             raise OSError(errno.ENXIO, "special files are not opened on the host")
-        if handle.is_directory:
-            flags |= os.O_DIRECTORY
-        return self.host.open(handle.fd, flags, wait)
+        return self.host.open(handle.fd, flags, wait or handle.is_directory)
 
     def adopt_created(
         self, fd: int, flags: int, directory: Handle, name: bytes

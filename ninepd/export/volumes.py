@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from ninepd import syscalls
 from ninepd.config import Multidevs
+from ninepd.listing import LookUp
 from ninepd.syscalls import Stat
 
 if TYPE_CHECKING:
@@ -22,6 +23,35 @@ _REMOTE_TYPES: Final = frozenset(
      "ocfs2", "smb3", "virtiofs"}
 )  # fmt: skip
 """Names as in /proc/self/mountinfo (proc(5)), without a subtype such as that of "fuse.sshfs"."""
+_LOOK_UPS: Final = {
+    **dict.fromkeys(("ext2", "ext3", "ext4", "xfs", "tmpfs", "f2fs"), LookUp.COVERED),
+    **dict.fromkeys(("btrfs", "bcachefs", "zfs"), LookUp.DIRECTORIES),
+}
+"""Where a directory entry shows the inode number that stat(2) shows. Elsewhere it may not: FAT
+makes one up, overlayfs shows that of a layer, FUSE servers need not care."""
+_KERNEL_TYPES: Final = {
+    0x42494E4D: "binfmt_misc",
+    0xCAFE4A11: "bpf",
+    0x0027E0EB: "cgroup",
+    0x63677270: "cgroup2",
+    0x62656570: "configfs",
+    0x64626720: "debugfs",
+    0x00001CD1: "devpts",
+    0xDE5E81E4: "efivarfs",
+    0x65735543: "fusectl",
+    0x6E667364: "nfsd",
+    0x6E736673: "nsfs",
+    0x00009FA0: "proc",
+    0x6165676C: "pstore",
+    0x07655821: "resctrl",
+    0x67596969: "rpc_pipefs",
+    0x73636673: "securityfs",
+    0xF97CFF8C: "selinuxfs",
+    0x43415D53: "smackfs",
+    0x62656572: "sysfs",
+    0x74726163: "tracefs",
+}
+"""Where files are the kernel's controls, and this process's own: /proc/self/mem, for one."""
 _NAMES: Final = {
     0x01021994: "tmpfs",
     0x858458F6: "ramfs",
@@ -48,8 +78,11 @@ class Storage(Enum):
     """Any time, in any call: network and user-space file systems."""
 
 
-def _storage_of(fd: int, mnt_id: int) -> Storage:
-    kind = _listed_type(mnt_id) or _NAMES.get(syscalls.fstatfs(fd).type, "")
+def _type_of(fd: int, mnt_id: int) -> str:
+    return _listed_type(mnt_id) or _NAMES.get(syscalls.fstatfs(fd).type, "")
+
+
+def _storage_of(kind: str) -> Storage:
     if kind in _MEMORY_TYPES:
         return Storage.MEMORY
     return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
@@ -82,11 +115,17 @@ class Volume:
     The mount belongs to it, because a device may be mounted twice, once of it read-only.
     """
 
-    __slots__ = ("dev", "handles", "in_memory", "mount", "remote")
+    __slots__ = ("automounts", "dev", "handles", "in_memory", "look_up", "mount", "remote")
 
-    def __init__(self, mount: Mount, dev: int, storage: Storage) -> None:
+    def __init__(
+        self, mount: Mount, dev: int, storage: Storage, look_up: LookUp, automounts: bool
+    ) -> None:
         self.mount = mount
         self.dev = dev
+        self.look_up = look_up
+        """What a listing has to look up besides mount points."""
+        self.automounts = automounts
+        """May any of its directories have something mounted on it when it is entered?"""
         self.in_memory = storage is Storage.MEMORY
         self.remote = storage is Storage.REMOTE
         self.handles: dict[int, Handle] = {}
@@ -112,7 +151,13 @@ class Volumes:
         return self._volumes.get((stat.mnt_id, stat.dev))
 
     def admit(self, fd: int, stat: Stat) -> Volume:
-        """A volume that was not known; ENODEV if it may not be reached. The first is the root's."""
+        """A volume that was not known; ENODEV or EACCES if it may not be reached.
+
+        The first is the root's.
+        """
+        kind = _type_of(fd, stat.mnt_id)
+        if kind in self._refused_types:
+            self._refuse(kind)
         if self._root_dev is None:
             self._root_dev = stat.dev
         elif stat.dev != self._root_dev:
@@ -131,7 +176,9 @@ class Volumes:
             mount_fd = _mount_fd(fd) if usable else -1
             mount = self._mounts[stat.mnt_id] = Mount(stat.mnt_id, mount_fd)
         mount.volumes += 1
-        volume = self._volumes[stat.mnt_id, stat.dev] = Volume(mount, stat.dev, storage)
+        volume = self._volumes[stat.mnt_id, stat.dev] = Volume(
+            mount, stat.dev, storage, _LOOK_UPS.get(kind, LookUp.ALL), kind == "autofs"
+        )
         self.remote |= storage is Storage.REMOTE
         return volume
 

@@ -1,4 +1,4 @@
-"""Opening, reading, writing: Tlopen, Tlcreate, Tread, Twrite, Treaddir, Tfsync, locks.
+"""Opening, reading, writing: Tlopen, Tlcreate, Tread, Twrite, Tfsync, locks.
 
 Data goes straight between files and guest memory. Reads ask with RWF_NOWAIT first: what is in the
 page cache is answered at once, and only what must come from a disk goes to a worker (preadv2(2)).
@@ -7,6 +7,7 @@ page cache is answered at once, and only what must come from a disk goes to a wo
 import errno
 import os
 import stat as st
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -31,7 +32,6 @@ from ninepd.p9.messages import (
     Rlock,
     Rlopen,
     Rread,
-    Rreaddir,
     Rwrite,
     Tfsync,
     Tgetlock,
@@ -39,7 +39,6 @@ from ninepd.p9.messages import (
     Tlock,
     Tlopen,
     Tread,
-    Treaddir,
     Twrite,
 )
 from ninepd.tuples import made
@@ -55,8 +54,6 @@ _HOST_FLAGS: Final = {
 }
 """What a guest's flag asks of the host. All others mean something to the guest's kernel only, or
 would be dangerous here (FASYNC), or pointless (DIRECT: the guest bypasses its own cache)."""
-READDIR_MAX: Final = 65536
-"""Longest run of directory entries in one reply: enough to amortise a round trip."""
 
 
 def is_for_change(flags: int) -> bool:
@@ -89,9 +86,16 @@ def lopen(guest: Guest, message: Tlopen, _payload: Payload, fid: Fid) -> Reply:
 
 
 def _opened(guest: Guest, fid: Fid, flags: int, wait: bool) -> Reply:
-    fid.opened = guest.tree.open(fid.handle, flags, wait)
-    iounit = 0 if fid.handle.is_directory else guest.iounit()
-    return Rlopen(guest.tree.qid(fid.handle), iounit)
+    guest.host.act_for(fid.uid)  # it may be truncated
+    file = guest.tree.open(fid.handle, flags, wait)
+    try:
+        qid = guest.tree.qid(fid.handle)
+    except OSError:
+        with suppress(OSError):
+            file.close()
+        raise
+    fid.opened = file
+    return Rlopen(qid, 0 if fid.handle.is_directory else guest.iounit())
 
 
 def lcreate(guest: Guest, message: Tlcreate, _payload: Payload, fid: Fid) -> Reply:
@@ -201,54 +205,6 @@ def _write_all(file: Opened, message: Twrite, payload: Payload) -> Reply:
             raise OSError(errno.EIO, "the file took no data")
         done += got
     return made(Rwrite, (done,))
-
-
-def readdir(guest: Guest, message: Treaddir, payload: Payload, fid: Fid) -> Reply:
-    """Entries behind the one that had cookie ``offset``; none means the end."""
-    directory = fid.open_object()
-    if not fid.handle.is_directory:
-        raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
-    cookies = directory.cookies or fid.handle.begin_listing()
-    offset = cookies.position(message.offset)
-    size = min(message.nbytes, payload.room, READDIR_MAX)
-    tree = guest.tree
-    at_root = fid.handle is tree.root
-    try:
-        data = guest.host.readdir(directory.fd, offset, at_root, tree.qids.devices, size)
-    except OSError as error:
-        if error.errno == errno.ENOENT:  # a removed directory is empty, as on a local file system
-            data = b""
-        elif error.errno == errno.EDOM:
-            data = _readdir_slowly(guest, fid, directory.fd, offset, size)
-        else:
-            raise
-    payload.put(cookies.shorten(data))
-    return Rreaddir(len(data))
-
-
-def _readdir_slowly(guest: Guest, fid: Fid, fd: int, offset: int, size: int) -> bytes:
-    """One run that meets files without a number in the table that C reads."""
-    tree = guest.tree
-    out = bytearray()
-    while not out and (listed := guest.host.getdents(fd, offset)):
-        for position, name in listed:
-            itself = name == b".." and fid.handle is tree.root
-            offset = position
-            try:
-                stat = guest.host.stat_at(fd, b"" if itself else name)
-            except OSError:  # gone meanwhile, or not to be looked at
-                continue
-            if not tree.shows(stat):
-                continue
-            kind = st.S_IFMT(stat.mode) >> 12
-            entry = QID.pack(*tree.qids.qid(stat)) + position.to_bytes(8, "little")
-            entry += bytes((kind,)) + len(name).to_bytes(2, "little") + name
-            if len(out) + len(entry) > size:
-                if not out:
-                    raise OSError(errno.EINVAL, "not even one entry fits")
-                return bytes(out)
-            out += entry
-    return bytes(out)
 
 
 def fsync(guest: Guest, message: Tfsync, payload: Payload, fid: Fid) -> Reply:

@@ -16,6 +16,7 @@ from typing import Final
 from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Opened, Place
 from ninepd.export.tree import Tree
+from ninepd.listing import Run
 from ninepd.ops.fid import Fid
 from ninepd.ops.locks import LockTable
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
@@ -38,6 +39,8 @@ class Guest:
         self.session: Session[Fid] = Session()
         self.locks = LockTable(tree)
         self.xattr_fids = 0
+        self.last_run: Run | None = None
+        """Of directory entries: the last one that was sent."""
         self._lock = threading.Lock()
         self._ended = False
 

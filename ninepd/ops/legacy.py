@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from ninepd import listing
 from ninepd.export.handles import Handle, Opened
 from ninepd.export.host import Host
 from ninepd.export.tree import check_name
@@ -265,7 +266,7 @@ def _read_directory(guest: Guest, directory: Opened, message: Tread, payload: Pa
         if message.offset != directory.read_offset:
             raise OSError(errno.EINVAL, "directories are read from the start or onwards")
         position = directory.read_position
-    room = min(message.nbytes, payload.room, files.READDIR_MAX)
+    room = min(message.nbytes, payload.room, listing.RUN_MAX)
     out = bytearray()
     fd = directory.fd
     while entries := guest.host.getdents(fd, position):

@@ -9,7 +9,7 @@ from mypy_extensions import i32
 
 from ninepd.export.handles import Opened
 from ninepd.export.readonly import refuse
-from ninepd.ops import attributes, files, legacy, names, walking, xattrs
+from ninepd.ops import attributes, files, legacy, names, readdir, walking, xattrs
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Payload, Reply
@@ -103,6 +103,11 @@ def _appends(_message: p9.Twrite, fid: Fid) -> bool:
     return isinstance(opened, Opened) and bool(opened.flags & os.O_APPEND)
 
 
+def _reads_directory(_message: p9.Tread, fid: Fid) -> bool:
+    """It moves the position of the open directory."""
+    return fid.handle.is_directory
+
+
 def _opens_for_change(message: p9.Tlopen) -> bool:
     return files.is_for_change(message.flags)
 
@@ -132,7 +137,7 @@ _LINUX: Final = (
     Row(p9.Tmkdir, names.mkdir, ("dfid",), changes=True),
     Row(p9.Tmknod, names.mknod, ("dfid",), changes=True),
     Row(p9.Tread, files.read),
-    Row(p9.Treaddir, files.readdir),
+    Row(p9.Treaddir, readdir.readdir, exclusive=True),
     Row(p9.Treadlink, names.readlink),
     Row(p9.Trename, names.rename, ("fid", "dfid"), exclusive=True, changes=True),
     Row(p9.Trenameat, names.renameat, ("olddirfid", "newdirfid"), changes=True),
@@ -146,7 +151,7 @@ _LINUX: Final = (
 _OLD: Final = (
     Row(p9.Tcreate, legacy.create, exclusive=True, changes=True),
     Row(p9.Topen, legacy.open, exclusive=True, changes=_opens_old_for_change),
-    Row(p9.Tread, legacy.read),
+    Row(p9.Tread, legacy.read, exclusive=_reads_directory),
     Row(p9.Tstat, legacy.stat),
     Row(p9.Twstat, legacy.wstat, exclusive=True, changes=True),
 )
