@@ -85,6 +85,7 @@ class _Lib(Protocol):
     def nd_keep_capabilities(self) -> int: ...
 
 
+    def nd_keep_set_ids(self, keep: bool) -> int: ...
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 GETATTR_BODY: Final[int] = _lib.ND_GETATTR_BODY

@@ -5,9 +5,11 @@ import os
 import stat as st
 from collections.abc import Callable
 from functools import partial
+from typing import Final
 
 from ninepd.export.handles import Handle, Opened
 from ninepd.export.host import Host
+from ninepd.ops import setid
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Encoded, Later, Payload, Reply
@@ -24,6 +26,9 @@ from ninepd.p9.messages import (
 from ninepd.syscalls import GETATTR_BODY, NO_ID, UTIME_NOW, UTIME_OMIT
 
 _ENCODED = Encoded(NUMBERS[Rgetattr], GETATTR_BODY)
+_V9FS_MAGIC: Final = 0x01021997
+"""f_type of a 9P mount. By the host's, programs would think that they see all changes of a file: in
+the guest inotify(7) does not tell what the host does."""
 _KNOWN = 0x1FF
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
@@ -72,14 +77,15 @@ def setattr(guest: Guest, message: Tsetattr, _payload: Payload, fid: Fid) -> Rep
     )
     if valid & SetattrValid.SIZE and message.size >> 63:
         raise OSError(errno.EINVAL, "no file can be that large")
-    rest = partial(_change, guest.host, message, handle, atime, mtime)
+    rest = partial(_change, guest.host, message, fid.uid, handle, atime, mtime)
     if valid & SetattrValid.SIZE:
+        guest.host.act_for(fid.uid)
         try:
             _truncate(guest, fid, message.size)
         except (
             BlockingIOError
         ):  # a host process holds a lease (fcntl(2)), which is being called back
-            return Later(lambda _payload: _truncate_and(guest.host, rest, handle, message.size))
+            return Later(lambda _payload: _truncate_and(guest.host, rest, fid, message.size))
     return rest()
 
 
@@ -99,21 +105,28 @@ def _truncate(guest: Guest, fid: Fid, size: int) -> None:
         host.truncate(fid.handle.fd, size)  # the kernel's own refusal
 
 
-def _truncate_and(host: Host, rest: Callable[[], Reply], handle: Handle, size: int) -> Reply:
-    host.truncate(handle.fd, size)
+def _truncate_and(host: Host, rest: Callable[[], Reply], fid: Fid, size: int) -> Reply:
+    host.act_for(fid.uid)
+    host.truncate(fid.handle.fd, size)
     return rest()
 
 
 def _change(
-    host: Host, message: Tsetattr, handle: Handle, atime: tuple[int, int], mtime: tuple[int, int]
+    host: Host,
+    message: Tsetattr,
+    uid: int,
+    handle: Handle,
+    atime: tuple[int, int],
+    mtime: tuple[int, int],
 ) -> Reply:
     valid = message.valid
     if valid & _OWNER:
-        uid = message.uid if valid & SetattrValid.UID else NO_ID
-        gid = message.gid if valid & SetattrValid.GID else NO_ID
-        host.chown(handle.fd, uid, gid)
+        owner = message.uid if valid & SetattrValid.UID else NO_ID
+        group = message.gid if valid & SetattrValid.GID else NO_ID
+        host.chown(handle.fd, owner, group)
     if valid & SetattrValid.MODE:
-        host.chmod(handle.fd, st.S_IMODE(message.mode))
+        setid.act_on_group(host, uid, handle)
+        host.chmod(handle.fd, setid.mode_to_set(host, uid, handle, st.S_IMODE(message.mode)))
     if valid & _TIMES:
         host.utimens(handle.fd, atime, mtime)
     elif valid == SetattrValid.CTIME:
@@ -123,4 +136,4 @@ def _change(
 
 def statfs(guest: Guest, _message: Tstatfs, _payload: Payload, fid: Fid) -> Reply:
     """Of the file system that the fid's own file lies on, also below a mount."""
-    return Rstatfs._make(guest.host.statfs(fid.held().fd))
+    return Rstatfs(_V9FS_MAGIC, *guest.host.statfs(fid.held().fd)[1:])

@@ -14,7 +14,7 @@ from typing import Final
 from ninepd.export.handles import Opened
 from ninepd.export.host import Host
 from ninepd.export.tree import check_name
-from ninepd.ops import xattrs
+from ninepd.ops import setid, xattrs
 from ninepd.ops.fid import Fid, XattrValue, XattrWriter
 from ninepd.ops.guest import Guest
 from ninepd.ops.ranges import Owner
@@ -22,7 +22,6 @@ from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.p9.messages import (
     LOCK_FLAG_BLOCK,
     LOCK_FLAG_RECLAIM,
-    QID,
     LockStatus,
     LockType,
     OpenFlag,
@@ -115,7 +114,9 @@ def _created(guest: Guest, message: Tlcreate, fid: Fid, wait: bool) -> Reply:
     check_name(message.name)
     flags = host_flags(message.flags)
     tree = guest.tree
-    mode = st.S_IMODE(message.mode)
+    mode = setid.mode_to_create(
+        guest.host, fid.uid, message.gid, directory, st.S_IMODE(message.mode)
+    )
     tree.handles.budget.check(2)
     try:
         fd = guest.host.create(directory.fd, message.name, flags, mode, fid.uid, message.gid)
@@ -126,6 +127,7 @@ def _created(guest: Guest, message: Tlcreate, fid: Fid, wait: bool) -> Reply:
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
+            guest.host.act_for(fid.uid)
             file = tree.open(handle, flags, wait)
         except OSError:
             tree.handles.release(handle)
@@ -178,7 +180,7 @@ def _read_rest(file: Opened, offset: int, count: int, done: int, payload: Payloa
     return made(Rread, (done,))
 
 
-def write(_guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
+def write(guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
     """Data into the page cache; on a worker if the file was opened to be written through."""
     if message.nbytes > payload.available:
         raise OSError(errno.EINVAL, f"{message.nbytes} bytes announced, {payload.available} came")
@@ -187,11 +189,12 @@ def write(_guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
     file = fid.open_file()
     _check_offset(message.offset, message.nbytes)
     if file.synchronous and not fid.handle.in_memory:
-        return Later(partial(_write_all, file, message))
-    return _write_all(file, message, payload)
+        return Later(partial(_write_all, guest.host, fid.uid, file, message))
+    return _write_all(guest.host, fid.uid, file, message, payload)
 
 
-def _write_all(file: Opened, message: Twrite, payload: Payload) -> Reply:
+def _write_all(host: Host, uid: int, file: Opened, message: Twrite, payload: Payload) -> Reply:
+    host.act_for(uid)
     fd = file.fd
     done = 0
     while done < message.nbytes:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Place
 from ninepd.export.tree import check_name
+from ninepd.ops import setid
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Payload, Reply
@@ -67,10 +68,13 @@ def mknod(guest: Guest, message: Tmknod, _payload: Payload, fid: Fid) -> Reply:
     """Make a file of any kind but directory and link; the host never opens special ones."""
     parent = fid.directory()
     check_name(message.name)
+    mode = message.mode & (st.S_IFMT(0o170000) | 0o7777)
+    if st.S_ISREG(mode):
+        mode = setid.mode_to_create(guest.host, fid.uid, message.gid, parent, mode)
     guest.host.mknod(
         parent.fd,
         message.name,
-        message.mode & (st.S_IFMT(0o170000) | 0o7777),
+        mode,
         message.major,
         message.minor,
         fid.uid,

@@ -148,7 +148,7 @@ def clunk(guest: Guest, message: Tclunk, payload: Payload, fid: Fid) -> Reply:
     guest.remove(message.fid, fid)
     try:
         if isinstance(fid.opened, XattrWriter):
-            commit(guest.host, fid.handle, fid.opened)
+            commit(guest.host, fid, fid.opened)
         elif fid.opened is not None:
             guest.close_file(fid, payload.uses)
     finally:

@@ -7,8 +7,8 @@ one. Through the magic link of the handle this reaches every kind of file, symbo
 import errno
 from typing import Final
 
-from ninepd.export.handles import Handle
 from ninepd.export.host import ACLS, Host
+from ninepd.ops import setid
 from ninepd.ops.fid import Fid, XattrValue, XattrWriter
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Payload, Reply
@@ -89,13 +89,13 @@ def write(writer: XattrWriter, message: Twrite, payload: Payload) -> Reply:
     return Rwrite(len(data))
 
 
-def commit(host: Host, handle: Handle, writer: XattrWriter) -> None:
+def commit(host: Host, fid: Fid, writer: XattrWriter) -> None:
     """Set or remove the attribute: the result of the guest's setxattr or removexattr.
 
     Linux asks for a removal as size 0 with REPLACE, and for that of an ACL as size 0 alone
     (fs/9p/xattr.c, fs/9p/acl.c); otherwise size 0 sets an empty value.
     """
-    acl = writer.name in ACLS
+    handle, acl = fid.handle, writer.name in ACLS
     if writer.size == 0 and (acl or writer.flags == XATTR_REPLACE):
         try:
             host.removexattr(handle.fd, writer.name)
@@ -105,4 +105,6 @@ def commit(host: Host, handle: Handle, writer: XattrWriter) -> None:
         return
     if len(writer.data) != writer.size:
         raise OSError(errno.EINVAL, "fewer bytes were written than announced")
+    if acl:
+        setid.act_on_group(host, fid.uid, handle)
     host.setxattr(handle.fd, writer.name, bytes(writer.data), writer.flags)
