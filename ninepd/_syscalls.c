@@ -35,7 +35,7 @@
  * is 32 bits, and ND_OWN_GENERATION if it is the file system's own and not a guess. */
 typedef struct {
     uint64_t dev, ino, mnt_id, generation;
-    uint32_t mode, nlink, version, pad;
+    uint32_t mode, nlink, version, automount;
 } nd_stat;
 
 /* qid.path of an inode below 2^48 on `dev` is `prefix | ino`. */
@@ -189,6 +189,7 @@ static void fill_stat(nd_stat *out, const struct statx *st) {
         .mode = st->stx_mode,
         .nlink = st->stx_nlink,
         .version = qid_version(st),
+        .automount = !!(st->stx_attributes & STATX_ATTR_AUTOMOUNT),
     };
 }
 

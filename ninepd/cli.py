@@ -112,6 +112,12 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "the same files, or by handles (needs CAP_DAC_READ_SEARCH).",
         ),
         click.option(
+            "--allow-kernel-filesystems",
+            is_flag=True,
+            help="Serve procfs, sysfs and the like below DIR, too: through them a guest can change "
+            "the host, and this daemon.",
+        ),
+        click.option(
             "--msize-max",
             type=int,
             metavar="BYTES",

@@ -49,6 +49,7 @@ class Export:
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.NAMES.value
+    allow_kernel_filesystems: bool = False
     msize_max: int = DEFAULT_MSIZE_MAX
     poll_us: int = DEFAULT_POLL_US
 

@@ -84,6 +84,7 @@ class Offer:
                 budget=self._budget,
                 by_handle=by_handle,
                 multidevs=Multidevs(export.multidevs),
+                kernel_filesystems=export.allow_kernel_filesystems,
             )
         except OSError as error:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None

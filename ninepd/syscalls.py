@@ -22,7 +22,7 @@ XATTR_SIZE_MAX: Final = 65536
 
 _USUAL_VALUE: Final = 256
 
-_unpack_stat: Final = Struct("=4Q3I4x").unpack
+_unpack_stat: Final = Struct("=4Q4I").unpack
 _STATFS: Final = Struct("=9Q")
 _FLOCK: Final = Struct("hhqqi4x")
 
@@ -39,6 +39,8 @@ class Stat(NamedTuple):
     mode: int
     nlink: int
     version: int
+    automount: int
+    """Does the kernel mount something here as soon as it is entered?"""
 
 
 class Statfs(NamedTuple):
@@ -83,9 +85,9 @@ class _Lib(Protocol):
     def nd_open_by_handle(self, mount_fd: int, handle: bytes, size: int, flags: int) -> int: ...
     def nd_getxattr(self, fd: int, name: bytes, out: Any, size: int) -> int: ...
     def nd_keep_capabilities(self) -> int: ...
-
-
     def nd_keep_set_ids(self, keep: bool) -> int: ...
+
+
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 GETATTR_BODY: Final[int] = _lib.ND_GETATTR_BODY

@@ -37,6 +37,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "readonly": "true",
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
+        "allow-kernel-filesystems": "true",
         "msize-max": "8192",
         "poll-us": "0",
     }
@@ -51,6 +52,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         0,
     )
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
+    assert loaded.allow_kernel_filesystems
 
 
 @pytest.mark.parametrize(

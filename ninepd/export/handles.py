@@ -184,10 +184,12 @@ class Opened(Holder):
 class HandleTable:
     """All handles of an export. Safe to use from several threads."""
 
-    def __init__(self, budget: Budget, by_handle: bool, multidevs: Multidevs) -> None:
+    def __init__(
+        self, budget: Budget, by_handle: bool, multidevs: Multidevs, kernel_filesystems: bool
+    ) -> None:
         """``by_handle`` needs CAP_DAC_READ_SEARCH."""
         self.budget = budget
-        self.volumes = Volumes(by_handle, multidevs)
+        self.volumes = Volumes(by_handle, multidevs, kernel_filesystems)
         self._by_handle = by_handle
         self._lock = budget.lock
 

@@ -47,27 +47,29 @@ class Tree:
         budget: int = sys.maxsize,
         by_handle: bool = False,
         multidevs: Multidevs = Multidevs.REMAP,
+        kernel_filesystems: bool = False,
     ) -> None:
         """Take over ``root``, an O_PATH descriptor of a directory.
 
         ``budget`` is how many descriptors may be open for fids. ``by_handle``: what is put aside
-        is found again by file handle, which needs CAP_DAC_READ_SEARCH.
+        is found again by file handle, which needs CAP_DAC_READ_SEARCH. ``kernel_filesystems``:
+        procfs and the like may be served.
         """
         self.host = host
         stat = host.stat(root)
-        self.handles = HandleTable(Budget(budget), by_handle, multidevs)
+        self.handles = HandleTable(Budget(budget), by_handle, multidevs, kernel_filesystems)
         self.qids = QidMap(stat, one_device=multidevs is not Multidevs.REMAP)
         self._forbids = multidevs is Multidevs.FORBID
         self.root = self.handles.adopt(root, stat)
         self.root.pins = 1
+        self.mounts = Mounts()
 
     def close(self) -> None:
-        self.mounts = Mounts()
         """Let the root go; handles still held by fids must have been released."""
         self.handles.release(self.root)
+        self.mounts.close()
 
     # Looking
-        self.mounts.close()
 
     def walk(self, directory: Handle, name: bytes) -> tuple[Handle, Stat] | None:
         """Look one name up, None if it is not there; a symbolic link is found as itself.
@@ -94,8 +96,6 @@ class Tree:
             raise FileNotFoundError(errno.ENOENT, "no such name")
         return found
 
-    def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
-        """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.
     def awaits_mount(self, handle: Handle, stat: Stat) -> bool:
         """Would entering this directory, which a walk has found, mount something on it?
 
@@ -115,6 +115,8 @@ class Tree:
             raise
         return self.handles.adopt(fd, stat, (directory, name)), stat
 
+    def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
+        """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.
 
         The host may have moved the directory out of the export while the guest holds it.
         """
@@ -168,13 +170,13 @@ class Tree:
         """May a directory list this file? With multidevs=forbid only what a walk would find."""
         return not self._forbids or stat.dev == self.root.volume.dev
 
-    def find(self, handle: Handle) -> Place:
-        """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
     def covered(self, directory: Handle) -> tuple[LookUp, bytes]:
         """Which entries of a directory have to be looked up, as ``listing.readdir`` takes it."""
         names = self.mounts.covered(directory.volume.mount.mnt_id)
         return (LookUp.ALL, b"") if names is None else (directory.volume.look_up, names)
 
+    def find(self, handle: Handle) -> Place:
+        """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
 
         The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).
         It is used only if it leads, inside the export, to the file itself. The directory's

@@ -4,7 +4,7 @@ import logging
 import os
 import stat as st
 from enum import Enum, auto
-from errno import ENODEV
+from errno import EACCES, ENODEV
 from typing import TYPE_CHECKING, Final
 
 from ninepd import syscalls
@@ -63,6 +63,7 @@ _NAMES: Final = {
     0x00C36400: "ceph",
     0x01021997: "9p",
     0x5346414F: "afs",
+    **_KERNEL_TYPES,
 }
 """f_type of statfs(2) to name, for a mount that is not listed: in a chroot its root is not."""
 
@@ -121,11 +122,11 @@ class Volume:
         self, mount: Mount, dev: int, storage: Storage, look_up: LookUp, automounts: bool
     ) -> None:
         self.mount = mount
-        self.dev = dev
         self.look_up = look_up
         """What a listing has to look up besides mount points."""
         self.automounts = automounts
         """May any of its directories have something mounted on it when it is entered?"""
+        self.dev = dev
         self.in_memory = storage is Storage.MEMORY
         self.remote = storage is Storage.REMOTE
         self.handles: dict[int, Handle] = {}
@@ -135,12 +136,20 @@ class Volume:
 class Volumes:
     """Those that handles are on now. Calls that change it are made one at a time."""
 
-    def __init__(self, by_handle: bool, multidevs: Multidevs) -> None:
-        """``by_handle``: files are to be opened by file handle."""
+    def __init__(self, by_handle: bool, multidevs: Multidevs, kernel_filesystems: bool) -> None:
+        """``by_handle``: files are to be opened by file handle.
+
+        ``kernel_filesystems``: those may be reached, too.
+        """
         self.remote = False
         """Was any on storage that may keep a request waiting?"""
         self._by_handle = by_handle
         self._multidevs = multidevs
+        self._refused_types = (
+            frozenset() if kernel_filesystems else frozenset(_KERNEL_TYPES.values())
+        )
+        self._refused = False
+        """Has the log said so?"""
         self._root_dev: int | None = None
         self._volumes: dict[tuple[int, int], Volume] = {}
         self._mounts: dict[int, Mount] = {}
@@ -169,7 +178,7 @@ class Volumes:
                     "another device is mounted below the export: two files may show the guest "
                     "one inode number (--multidevs warn)"
                 )
-        storage = _storage_of(fd, stat.mnt_id)
+        storage = _storage_of(kind)
         mount = self._mounts.get(stat.mnt_id)
         if mount is None:
             usable = self._by_handle and st.S_ISDIR(stat.mode) and storage is not Storage.REMOTE
@@ -181,6 +190,19 @@ class Volumes:
         )
         self.remote |= storage is Storage.REMOTE
         return volume
+
+    def _refuse(self, kind: str) -> None:
+        if self._root_dev is not None and not self._refused:
+            self._refused = True
+            log.warning(
+                "a file system of the kernel's own (%s) is mounted below the export: guests may "
+                "not enter it, nor others like it (--allow-kernel-filesystems)",
+                kind,
+            )
+        raise PermissionError(
+            EACCES,
+            f"{kind} is a file system of the kernel's own; --allow-kernel-filesystems serves it",
+        )
 
     def drop(self, volume: Volume) -> None:
         """It holds no handles any more: its numbers may come to another file system."""

@@ -59,9 +59,11 @@ def attach(guest: Guest, message: Tattach, _payload: Payload) -> Reply:
     handle = handles.share(tree.root)
     try:
         for name in filter(None, message.aname.split(b"/")):
-            below, _ = tree.existing(handle, name)
+            step = tree.existing(handle, name)
+            if tree.awaits_mount(*step):
+                step = tree.mounted(handle, name, step[0])
             handles.release(handle)
-            handle = below
+            handle = step[0]
         qid = tree.qid(handle)
     except OSError:
         handles.release(handle)
@@ -108,6 +110,8 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
             step = tree.walk(handle, name)
             if step is None:
                 break
+            if tree.awaits_mount(*step):
+                step = tree.mounted(handle, name, step[0])
             handle, stat = step
             found.append(handle)
             qids.append(tree.qids.qid(stat))
