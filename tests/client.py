@@ -11,6 +11,7 @@ import socket as socketlib
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -146,6 +147,11 @@ class Daemon:
         self.log += log
         self._readiness.close()
         return self.process.returncode
+
+
+def children(pid: int) -> list[int]:
+    """In the order of the exports, while none was started again."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 class P9Error(OSError):

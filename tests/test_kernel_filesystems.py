@@ -1,6 +1,7 @@
 """File systems that are the kernel's own controls: guests do not enter them unasked."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ def test_the_log_says_so_once(start_daemon: StartDaemon, export: Path, mount: Mo
     daemon = start_daemon()
     with Client(daemon.socket) as client:
         client.attach()
-        for name in (b"a", b"b", b"a"):
-            assert client.error(Twalk(ROOT, 1, (name,))) == "EACCES"
+        for walked in (b"a", b"b", b"a"):
+            assert client.error(Twalk(ROOT, 1, (walked,))) == "EACCES"
     daemon.stop()
     assert daemon.log.count("--allow-kernel-filesystems") == 1
     assert "proc" in daemon.log
@@ -59,7 +60,8 @@ def test_allowed(start_daemon: StartDaemon, export: Path, mount: Mount) -> None:
 
 def test_root_of_an_export(tmp_path: Path) -> None:
     """Said in one sentence, at start."""
-    command = ["python", "-m", "ninepd", "serve", "--socket-path", tmp_path / "s", "--tag", "t"]
+    socket = str(tmp_path / "s")
+    command = [sys.executable, "-m", "ninepd", "serve", "--socket-path", socket, "--tag", "t"]
     ended = subprocess.run(
         [*command, "--export", "/proc"], capture_output=True, text=True, check=False, timeout=20
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ninepd.p9.messages import Tgetattr
-from tests.client import ROOT, Client, Daemon
+from tests.client import ROOT, Client, Daemon, children
 from tests.conftest import StartDaemon
 from tests.frontend import FakeFrontEnd
 
@@ -46,11 +46,6 @@ def supervisor(start_daemon: StartDaemon, tmp_path: Path, sockets: list[str]) ->
     for path in sockets:
         exchange(path)
     return daemon
-
-
-def children(pid: int) -> list[int]:
-    """In the order of the exports, while none was started again."""
-    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

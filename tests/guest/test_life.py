@@ -189,15 +189,16 @@ def test_the_dirty_rate_is_measured_below_a_mounted_guest(
         for turn in range(2):
             read = "dd if=/mnt/data of=/dev/null bs=16M"
             reading = guest.start(f"while {read}; do touch /mnt/busy{turn}; done 2> /dev/null")
-            eventually(lambda turn=turn: (export / f"busy{turn}").exists(), "it reads", 30)
+            busy = export / f"busy{turn}"
+            eventually(busy.exists, "it reads", 30)
             guest.qmp("calc-dirty-rate", calc_time=1, mode="dirty-bitmap")
             eventually(
                 lambda: guest.qmp("query-dirty-rate")["status"] == "measured",
                 "QEMU measures the rate",
                 60,
             )
-            (export / f"busy{turn}").unlink()
-            eventually(lambda turn=turn: (export / f"busy{turn}").exists(), "it goes on", 30)
+            busy.unlink()
+            eventually(busy.exists, "it goes on", 30)
             reading.kill()
             with pytest.raises(GuestError):
                 reading.wait()
