@@ -33,6 +33,8 @@ class Multidevs(StrEnum):
 class Reclaim(StrEnum):
     """How a file is found again whose descriptor was put aside because they run short."""
 
+    AUTO = "auto"
+    """By file handle where that can be done, else by name."""
     NAMES = "names"
     HANDLES = "handles"
 
@@ -48,7 +50,7 @@ class Export:
     security_model: str = "passthrough"
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
-    reclaim: str = Reclaim.NAMES.value
+    reclaim: str = Reclaim.AUTO.value
     allow_kernel_filesystems: bool = False
     msize_max: int = DEFAULT_MSIZE_MAX
     poll_us: int = DEFAULT_POLL_US

@@ -72,8 +72,9 @@ class Offer:
     def open_tree(self) -> Tree:
         """The directory that was found at the start, whatever has happened to its name."""
         export = self.export
-        by_handle = export.reclaim == Reclaim.HANDLES
-        if by_handle and not has_capabilities(CAP_DAC_READ_SEARCH):
+        reclaim = Reclaim(export.reclaim)
+        insists = reclaim is Reclaim.HANDLES
+        if insists and not has_capabilities(CAP_DAC_READ_SEARCH):
             raise UsageError(
                 "--reclaim: handles needs CAP_DAC_READ_SEARCH; run as root, or use names"
             )
@@ -82,13 +83,13 @@ class Offer:
                 os.dup(self._directory),
                 self._host,
                 budget=self._budget,
-                by_handle=by_handle,
+                reclaim=reclaim,
                 multidevs=Multidevs(export.multidevs),
                 kernel_filesystems=export.allow_kernel_filesystems,
             )
         except OSError as error:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None
-        if by_handle and not tree.handles.may_rest(tree.root):
+        if insists and not tree.root.volume.by_handle:
             tree.close()
             raise UsageError(
                 f"--reclaim: the file system of {export.export} cannot open files by handle; "

@@ -11,6 +11,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import ninepd._libvring as _libvring
+from ninepd.statelock import CHECKS, assert_unlocked
 from ninepd.tuples import made
 
 NO_ID: Final = 0xFFFFFFFF
@@ -88,6 +89,8 @@ class _Lib(Protocol):
     def nd_keep_set_ids(self, keep: bool) -> int: ...
 
 
+_CHECKS: Final = CHECKS
+
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 GETATTR_BODY: Final[int] = _lib.ND_GETATTR_BODY
@@ -163,6 +166,8 @@ def walk(dirfd: int, name: bytes) -> tuple[int, Stat] | None:
     None if there is nothing of that name: clients ask before they create, and an exception would
     take longer than the call.
     """
+    if _CHECKS:
+        assert_unlocked()
     out = _stat_room()
     fd = _lib.nd_walk(dirfd, name, out[0])
     if fd == -errno.ENOENT:
@@ -185,6 +190,8 @@ def stat_at(dirfd: int, name: bytes) -> Stat:
 
 
 def _stat(dirfd: int, name: bytes, identify: bool) -> Stat:
+    if _CHECKS:
+        assert_unlocked()
     out = _stat_room()
     checked(_lib.nd_stat_at(dirfd, name, identify, out[0]))
     return _stat_in(out)
@@ -192,11 +199,15 @@ def _stat(dirfd: int, name: bytes, identify: bool) -> Stat:
 
 def open_scoped(dirfd: int, name: bytes, flags: int) -> int:
     """openat2 that neither leaves ``dirfd`` nor follows any link."""
+    if _CHECKS:
+        assert_unlocked()
     return checked(_lib.nd_open_scoped(dirfd, name, flags))
 
 
 def open_parent(dirfd: int) -> int:
     """An O_PATH descriptor of ``..``, wherever that is: the caller checks that it may be used."""
+    if _CHECKS:
+        assert_unlocked()
     return checked(_lib.nd_open_parent(dirfd))
 
 
@@ -245,6 +256,8 @@ def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
 
 def fstatfs(fd: int) -> Statfs:
     """Statistics of the file system that ``fd`` lies on."""
+    if _CHECKS:
+        assert_unlocked()
     out = _new("nd_statfs *")
     checked(_lib.nd_fstatfs(fd, out))
     return Statfs._make(_STATFS.unpack(_buffer(out)))
@@ -264,6 +277,8 @@ def find_lock(fd: int, kind: int, start: int, length: int) -> tuple[int, int, in
 
 def file_handle(fd: int) -> bytes:
     """The kernel's name for the inode, its generation included; EOPNOTSUPP if it has none."""
+    if _CHECKS:
+        assert_unlocked()
     out = _new("uint8_t[]", _HANDLE_MAX)
     size = checked(_lib.nd_file_handle(fd, out))
     return cast("bytes", _buffer(out)[0:size])
@@ -274,6 +289,8 @@ def open_by_handle(mount_fd: int, handle: bytes, flags: int) -> int:
 
     Needs CAP_DAC_READ_SEARCH. ``mount_fd`` must not be an O_PATH descriptor.
     """
+    if _CHECKS:
+        assert_unlocked()
     return checked(_lib.nd_open_by_handle(mount_fd, handle, len(handle), flags))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+os.environ["NINEPD_CHECKS"] = "1"  # read when ninepd is imported, and inherited by daemons
+
 from tests.client import Client, Daemon
 
 StartDaemon = Callable[..., Daemon]

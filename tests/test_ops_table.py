@@ -99,7 +99,7 @@ def made(tmp_path: Path) -> Iterator[Made]:
         tree = guest.tree
         guest.add(ROOT, tree.handles.share(tree.root), 0)
         for number, name in {FILE: b"file", LINK: b"link", READING: b"file"}.items():
-            guest.add(number, tree.existing(tree.root, name)[0], 0)
+            guest.add(number, tree.existing(tree.root, name, [])[0], 0)
         guest.add(LISTING, tree.handles.share(tree.root), 0)
         for number in (READING, LISTING):
             fid = guest.session.get(number)

@@ -1,44 +1,45 @@
 """Descriptors as a budget: what is idle is put aside when they run short, and comes back on use.
 
 A ``Holder`` owns one descriptor, or none while it is put aside. Whoever reads ``fd`` gets an open
-one, which stays open at least until the next ``make_room``: that is called only on the thread that
-serves requests, between them or where one wants more descriptors. Work on other threads pins the
-holders it uses.
+one. It stays open as long as the holder is pinned; without a pin until the next ``make_room``,
+which is called only by the thread that serves the ring, between requests. So a request that may
+outlast that moment pins what it uses: its fids' holders are pinned when it becomes a job, and what
+it finds on its way is pinned at once (``HandleTable.adopt``), until its end.
 
 Which holder goes is decided by second chance: those used since the last look stay (the same policy
 as QEMU's v9fs_reclaim_fd, which however reopens by path).
+
+One lock guards the budget, its holders and the handle table (``Budget.lock``, statelock.py). It is
+never held while the host is asked.
 """
 
 import errno
 import logging
-import os
-import threading
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Final
 
 from mypy_extensions import i32, mypyc_attr
+
+from ninepd.statelock import DESCRIPTORS, state_lock
 
 log = logging.getLogger(__name__)
 
 RESERVE_MAX: Final = 256
 """Descriptors kept back for sockets, guest memory, eventfds and what one request needs."""
+SLICE: Final = 64
+"""Holders that one ``make_room`` asks the host about, at 16 us each."""
+GLANCES: Final = 1024
+"""Holders that it passes by without asking, at 0.1 us each."""
+SPARE: Final = 32
+"""Descriptors that the longest requests take: a walk of 16 names, some of them at once."""
+
+_GONE: Final = -2
 
 
 def budget_of(limit: int) -> int:
     """How many of ``limit`` descriptors fids may keep open."""
     return limit - min(RESERVE_MAX, max(limit // 4, 64))
-
-
-_thread = threading.local()
-
-
-def mark_worker() -> None:
-    """The calling thread is a worker: what it finds is not put aside under its hands."""
-    _thread.is_worker = True
-
-
-def on_worker() -> bool:
-    return getattr(_thread, "is_worker", False)
 
 
 @mypyc_attr(acyclic=True)
@@ -55,7 +56,7 @@ class Holder:
         """Take over ``fd``. Whoever makes one adds it to its budget."""
         self._fd: i32 = fd
         self.pins: i32 = 0
-        """Users on other threads, and other reasons not to put it aside."""
+        """Requests that use it, and other reasons not to put it aside."""
         self.at: i32 = 0
         """Where it stands among the open ones; the budget's."""
         self.recent = True
@@ -68,75 +69,87 @@ class Holder:
     @property
     def fd(self) -> int:
         """The open descriptor. If it has to be opened again: ESTALE if the file is gone."""
-        fd = self._fd
-        if fd < 0:
-            return self._bring_back()
         self.recent = True
-        return fd
+        fd = self._fd
+        return fd if fd >= 0 else self._bring_back()
 
     @property
     def is_open(self) -> bool:
         return self._fd >= 0
 
-    def _bring_back(self) -> int:
-        with self.budget.lock:
-            self.give(self._restore())
-            return self._fd
+    @property
+    def peek(self) -> int:
+        """The descriptor, negative if there is none now; this does not count as use."""
+        return self._fd
 
-    def give(self, fd: int) -> None:
-        """Take over a descriptor of the same file, if there is none already."""
-        budget = self.budget
-        with budget.lock:
-            if self._fd >= 0:  # another thread was faster
-                os.close(fd)
-                return
-            self._fd = fd
-            self.recent = True
-            budget.resting -= 1
-            budget.add(self)
+    def _bring_back(self) -> int:
+        try:
+            return self.give(self._restore())
+        except OSError:
+            fd = self._fd
+            if fd >= 0:  # another thread was faster, and the file may have moved since
+                return fd
+            raise
+
+    def give(self, fd: int) -> int:
+        """Take over a descriptor of the same file, if there is none already. Returns what is held.
+
+        ESTALE if the file was let go meanwhile.
+        """
+        with self.budget.lock:
+            surplus = self.take(fd)
+            held = self._fd
+        if surplus >= 0:
+            self.budget.close(surplus)
+        if held < 0:
+            raise OSError(errno.ESTALE, "the file was let go")
+        return held
+
+    def take(self, fd: int) -> int:
+        """As ``give``, under the lock; returns what is to be closed, or -1."""
+        if self._fd != -1:  # another thread was faster
+            return fd
+        self._fd = fd
+        self.recent = True
+        self.budget.resting -= 1
+        self.budget.add(self)
+        return -1
 
     def leave(self) -> int:
-        """Not be counted any more; under the budget's lock. Returns what is to be closed, or -1."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            self.budget.resting -= 1
-        else:
+        """Not be counted any more; under the lock. Returns what is to be closed, or -1."""
+        fd = self._fd
+        if fd >= 0:
             self.budget.remove(self)
-        return fd
+        elif fd == -1:
+            self.budget.resting -= 1
+        self._fd = _GONE
+        return fd if fd >= 0 else -1
 
-    def rest(self) -> None:
-        """Close until the next use; under the budget's lock."""
+    def rest(self) -> int:
+        """Have no descriptor until the next use; under the lock. Returns what is to be closed."""
         self.budget.remove(self)
         self.budget.resting += 1
-        fd, self._fd = self._fd, -1
-        try:
-            os.close(fd)
-        except OSError as error:
-            log.warning("closing an idle file: %s", error)
-
-    def discard(self) -> None:
-        """Close for good. OSError, as of close(2): it is closed all the same."""
-        with self.budget.lock:
-            fd = self.leave()
-        if fd >= 0:
-            os.close(fd)
+        fd: int = self._fd
+        self._fd = -1
+        return fd
 
     @abstractmethod
     def _restore(self) -> int:
-        """Open the same file again, under the budget's lock; OSError if that cannot be done."""
+        """Open the same file again; OSError if that cannot be done."""
 
     @abstractmethod
     def may_rest(self) -> bool:
-        """Could ``_restore`` succeed later? Asked just before it is put aside."""
+        """Could ``_restore`` succeed later? Asks the host; the holder is pinned meanwhile."""
 
 
 class Budget:
     """The descriptors of one export's fids."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, close: Callable[[int], None]) -> None:
         self.limit = limit
-        self._high = limit - limit // 16
-        self.lock = threading.RLock()
+        self._close = close
+        self._high = limit - min(max(limit // 8, SPARE), limit // 4)
+        self.lock = state_lock(DESCRIPTORS)
         """Guards it, its holders' descriptors, and the handle table."""
         self._frozen = False
         self.resting = 0
@@ -144,6 +157,10 @@ class Budget:
         self._open: list[Holder] = []
         self._hand = 0
         """Who is looked at next, round and round."""
+        self._turn = 0
+        """Of whoever makes room: the last to begin may put aside."""
+        self._fruitless = 0
+        """Looks since one was put aside."""
         self._calls_to_skip = 0
         self._exhausted = False
         """Has it been said that there are too few? Once, until there is room again."""
@@ -164,54 +181,107 @@ class Budget:
             self._open[holder.at] = last
             last.at = holder.at
 
+    def pin(self, holders: list[Holder], pins: list[Holder]) -> None:
+        """Keep their descriptors open; adds them to ``pins``, for ``unpin``."""
+        with self.lock:
+            for holder in holders:
+                holder.pins += 1
+            pins.extend(holders)
+
+    def unpin(self, pins: list[Holder]) -> None:
+        """Take all of these back, as at the end of a request, and empty the list."""
+        with self.lock:
+            for holder in pins:
+                holder.pins -= 1
+            pins.clear()
+
     @property
     def crowded(self) -> bool:
         """Is it time to ``make_room``?"""
         return len(self._open) >= self._high and not self._frozen
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor that nobody asks about any more. Not under the lock."""
+        try:
+            self._close(fd)
+        except OSError as error:
+            log.warning("closing an idle file: %s", error)
 
     def freeze(self) -> None:
         """Nothing is put aside any more."""
         self._frozen = True
 
     def check(self, wanted: int = 1) -> None:
-        """EMFILE if so many more descriptors are too many, and nothing is idle.
-
-        What a caller has read from ``fd`` before may not be used behind it.
-        """
+        """EMFILE if so many more descriptors are too many: all are in use."""
         if len(self._open) + wanted <= self.limit:
             if self._exhausted and len(self._open) < self._high:
                 self._exhausted = False
             return
-        if not on_worker():
-            self._calls_to_skip = 0
-            self.make_room()
-        if len(self._open) + wanted > self.limit:
-            if not self._exhausted:
-                log.warning(
-                    "guests are refused new files: all %d descriptors are in use; raise the limit "
-                    "of open files (LimitNOFILE=)",
-                    self.limit,
-                )
+        if not self._exhausted:
             self._exhausted = True
-            raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
+            log.warning(
+                "guests are refused new files: all %d descriptors are in use; raise the limit "
+                "of open files (LimitNOFILE=)",
+                self.limit,
+            )
+        raise OSError(errno.EMFILE, f"all {self.limit} descriptors are in use")
+
+    def take_over(self) -> None:
+        """Another thread serves the ring from now on: the old one puts nothing aside any more."""
+        with self.lock:
+            self._turn += 1
 
     def make_room(self) -> None:
-        """Put idle holders aside, so that there is room again. On the device thread only."""
-        if self._calls_to_skip:
+        """Put idle holders aside, so that there is room again: a slice of the work.
+
+        Only the thread that serves the ring calls this, and only while it has no request in hand.
+        """
+        if self._calls_to_skip and len(self._open) + SPARE // 2 < self.limit:
             self._calls_to_skip -= 1
             return
-        wanted = self.limit - self.limit // 8
         with self.lock:
-            # Each is looked at twice at the most: once to lose its second chance.
-            for _ in range(2 * len(self._open)):
-                if len(self._open) <= wanted:
+            self._turn += 1
+            turn = self._turn
+        for _ in range(SLICE):
+            with self.lock:
+                holder = self._next_idle(turn)
+                if holder is None:
                     return
-                self._hand = self._hand % len(self._open)
-                holder = self._open[self._hand]
-                if not holder.recent and not holder.pins and holder.may_rest():
-                    holder.rest()  # another one takes its place
-                    continue
-                holder.recent = False
-                self._hand += 1
-            # Nearly all are busy: the next look would find the same, so it can wait a little.
-            self._calls_to_skip = self.limit // 16
+                holder.pins += 1
+            may_rest = holder.may_rest()
+            fd = -1
+            with self.lock:
+                holder.pins -= 1
+                if may_rest and self._is_idle(holder) and turn == self._turn:
+                    self._hand = holder.at  # of the one that fills the gap
+                    self._fruitless = 0
+                    fd = holder.rest()
+            if fd >= 0:
+                self.close(fd)
+
+    @staticmethod
+    def _is_idle(holder: Holder) -> bool:
+        return holder.is_open and not holder.recent and not holder.pins
+
+    def _next_idle(self, turn: int) -> Holder | None:
+        """Who may go next; None if that is enough for now. Under the lock."""
+        wanted = self.limit - 2 * (self.limit - self._high)
+        if turn != self._turn:
+            return None
+        for _ in range(GLANCES):
+            count = len(self._open)
+            if count <= wanted:
+                return None
+            if self._fruitless > 2 * count:  # each lost its second chance, and was looked at
+                # Nearly all are busy: the next look would find the same, so it can wait a little.
+                self._fruitless = 0
+                self._calls_to_skip = self.limit // 64
+                return None
+            self._hand = self._hand % count
+            holder = self._open[self._hand]
+            self._hand += 1
+            self._fruitless += 1
+            if self._is_idle(holder):
+                return holder
+            holder.recent = False
+        return None

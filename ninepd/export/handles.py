@@ -2,13 +2,12 @@
 
 A ``Handle`` is pinned by an O_PATH descriptor, so it stays the same file whatever is renamed,
 replaced or removed on the host. All fids on one inode share one Handle. When descriptors run short
-an idle one is put aside, and the same inode is found again, never another: by its file handle
-(``by_handle``, open_by_handle_at(2)), or by the name it had last, if its file handle is still the
-same. What could not be found again is not put aside: unlinked files, and storage without handles.
+an idle one is put aside, and the same inode is found again, never another (reclaim.py).
+
+References say how long a handle is wanted, pins how long its descriptor must stay open.
 """
 
 import contextlib
-import errno
 import os
 import stat as st
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from typing import TypeAlias
 
 from mypy_extensions import i32, mypyc_attr
 
-from ninepd import syscalls
-from ninepd.config import Multidevs
-from ninepd.export.descriptors import Budget, Holder, on_worker
-from ninepd.export.volumes import Volume, Volumes
+from ninepd.export.descriptors import Budget, Holder
+from ninepd.export.host import Host
+from ninepd.export.reclaim import Finder
+from ninepd.export.volumes import Survey, Volume, Volumes
 from ninepd.listing import Cookies
 from ninepd.syscalls import Stat
 
@@ -49,7 +48,7 @@ class Handle(Holder):
         "volume",
     )
 
-    def __init__(self, fd: int, stat: Stat, volume: Volume, table: "HandleTable") -> None:
+    def __init__(self, fd: int, stat: Stat, volume: Volume["Handle"], table: "HandleTable") -> None:
         super().__init__(fd)
         self.refs: i32 = 1
         self.kind: i32 = st.S_IFMT(stat.mode)
@@ -122,10 +121,10 @@ class Handle(Holder):
         return cookies
 
     def may_rest(self) -> bool:
-        return self.table.may_rest(self)
+        return self.table.finder.may_rest(self)
 
     def _restore(self) -> int:
-        return self.table.restore(self)
+        return self.table.finder.restore(self)
 
 
 Place: TypeAlias = tuple[Handle, bytes]
@@ -139,20 +138,24 @@ class Opened(Holder):
     __slots__ = ("_reopen", "cookies", "flags", "handle", "read_offset", "read_position")
 
     def __init__(
-        self, handle: Handle, fd: int, flags: int, reopen: Callable[[Handle, int], int]
+        self, handle: Handle, fd: int, flags: int, reopen: Callable[[Handle, int, bool], int]
     ) -> None:
-        """``reopen`` opens the handle with host flags; ``flags`` are those of ``fd``."""
+        """``reopen`` opens the handle with host flags, and may be told to wait for a lease;
+        ``flags`` are those of ``fd``.
+        """
         super().__init__(fd)
         self._reopen = reopen
         self.handle = handle
         self.flags = flags
         self.read_offset = self.read_position = 0
         """How far an old client has read a directory: in bytes, and where that is on the host."""
-        self.cookies: Cookies | None = handle.opened[0].cookies if handle.opened else None
+        self.cookies: Cookies | None = None
         """Of a directory that was read."""
-        handle.opened = (*handle.opened, self)
         budget = self.budget
         with budget.lock:
+            if handle.opened:
+                self.cookies = handle.opened[0].cookies
+            handle.opened = (*handle.opened, self)
             budget.add(self)
 
     @property
@@ -169,66 +172,122 @@ class Opened(Holder):
 
     def close(self) -> None:
         """OSError says what became of late writes; there is nothing left to close then, too."""
-        self.handle.opened = tuple([other for other in self.handle.opened if other is not self])
-        self.discard()
+        handle = self.handle
+        with self.budget.lock:
+            handle.opened = tuple([other for other in handle.opened if other is not self])
+            fd = self.leave()
+        if fd >= 0:
+            handle.table.host.close(fd)
 
     def may_rest(self) -> bool:
-        return self.handle.table.may_reopen(self)
+        return self.handle.table.finder.may_reopen(self)
 
     def _restore(self) -> int:
-        if self not in self.handle.opened:
-            raise OSError(errno.EBADF, "the file was closed")
-        return self._reopen(self.handle, self.flags & ~os.O_TRUNC)
+        pins: list[Holder] = []
+        budget = self.budget
+        budget.pin([self.handle], pins)
+        try:
+            return self._reopen(self.handle, self.flags & ~os.O_TRUNC, True)
+        finally:
+            budget.unpin(pins)
 
 
 class HandleTable:
-    """All handles of an export. Safe to use from several threads."""
+    """All handles of an export. Safe to use from several threads.
+
+    What takes ``pins`` adds to it what it finds: that stays open until the list is given back
+    (``unpin``), which for a request is its end.
+    """
 
     def __init__(
-        self, budget: Budget, by_handle: bool, multidevs: Multidevs, kernel_filesystems: bool
+        self,
+        host: Host,
+        budget: Budget,
+        volumes: Volumes[Handle],
+        by_name: bool,
+        find: Callable[[Handle, int, list[Holder]], Place],
     ) -> None:
-        """``by_handle`` needs CAP_DAC_READ_SEARCH."""
+        """``by_name``: files are found again by name where that cannot be done by file handle.
+
+        ``find`` says where a held file is now, given a descriptor of it: as ``Tree.find_by``.
+        """
+        self.host = host
         self.budget = budget
-        self.volumes = Volumes(by_handle, multidevs, kernel_filesystems)
-        self._by_handle = by_handle
+        self.volumes = volumes
+        self.finder = Finder(self, by_name, find)
         self._lock = budget.lock
 
-    def adopt(self, fd: int, stat: Stat, place: Place | None = None) -> Handle:
+    def adopt(self, fd: int, stat: Stat, pins: list[Holder], place: Place | None = None) -> Handle:
         """The Handle of a fresh O_PATH descriptor, which is taken over, even by an error.
 
         ENODEV if it is on a device that may not be reached, EMFILE if no descriptor can be spared.
         """
-        with self._lock:
-            volume = self.volumes.find(stat)
-            if volume is not None:
-                handle = volume.handles.get(stat.ino)
-                if handle is not None:
-                    if handle.is_open:
-                        handle.refs += 1
-                        os.close(fd)
-                        return handle
-                    if self._is_same(handle, fd):
-                        handle.refs += 1
-                        handle.give(fd)
-                        return handle
-                    # Its inode number has come to another file while the handle was put aside.
-            try:
-                self.budget.check()
+        survey: Survey | None = None
+        file_handle: bytes | None = None
+        surplus = fd
+        try:
+            while True:
+                with self._lock:
+                    volume = self.volumes.find(stat)
+                    if volume is None and survey is not None:
+                        self.budget.check()
+                        volume = self.volumes.admit(stat, survey)
+                    if volume is not None:
+                        known = volume.handles.get(stat.ino)
+                        if known is None or self._was_recycled(known, file_handle):
+                            self.budget.check()
+                            known = self._add(fd, stat, volume, place)
+                            surplus = -1
+                        elif known.is_open:
+                            known.refs += 1
+                        elif file_handle is not None:
+                            known.refs += 1
+                            surplus = known.take(fd)
+                        else:
+                            known = None
+                        if known is not None:
+                            known.pins += 1
+                            pins.append(known)
+                            return known
+                # The host is asked without the lock; then it is looked again.
                 if volume is None:
-                    volume = self.volumes.admit(fd, stat)
-            except OSError:
-                os.close(fd)
-                raise
-            handle = volume.handles[stat.ino] = Handle(fd, stat, volume, self)
-            if place is not None:
-                directory, name = place
-                directory.refs += 1
-                handle.put_in(directory, name)
-            if on_worker():
-                # Nothing but this would keep it open while the worker goes on with it.
-                handle.pins = 1
-            self.budget.add(handle)
-            return handle
+                    survey = self.volumes.survey(fd, stat)
+                else:
+                    file_handle = self._file_handle(fd)
+        finally:
+            if surplus >= 0:
+                self.budget.close(surplus)
+            if survey is not None:
+                self._drop(survey)
+
+    @staticmethod
+    def _was_recycled(known: Handle, file_handle: bytes | None) -> bool:
+        """Has the inode number come to another file while the handle was put aside?"""
+        return (
+            file_handle is not None
+            and file_handle != known.token
+            and not known.is_open
+            and not any(file.is_open for file in known.opened)
+        )
+
+    def _drop(self, survey: Survey) -> None:
+        if survey.mount_fd >= 0:  # another thread was faster
+            self.budget.close(survey.mount_fd)
+
+    def _file_handle(self, fd: int) -> bytes:
+        try:
+            return self.host.file_handle(fd)
+        except OSError:
+            return b""
+
+    def _add(self, fd: int, stat: Stat, volume: Volume[Handle], place: Place | None) -> Handle:
+        handle = volume.handles[stat.ino] = Handle(fd, stat, volume, self)
+        if place is not None:
+            directory, name = place
+            directory.refs += 1
+            handle.put_in(directory, name)
+        self.budget.add(handle)
+        return handle
 
     def share(self, handle: Handle) -> Handle:
         """Another reference to the same handle."""
@@ -239,6 +298,7 @@ class HandleTable:
     def release(self, handle: Handle) -> None:
         """Give a reference back; the last one closes the descriptor."""
         while True:
+            mount_fd = -1
             with self._lock:
                 handle.refs -= 1
                 if handle.refs:
@@ -247,125 +307,37 @@ class HandleTable:
                 if volume.handles.get(handle.ino) is handle:
                     del volume.handles[handle.ino]
                     if not volume.handles:
-                        self.volumes.drop(volume)
+                        mount_fd = self.volumes.drop(volume)
                 fd = handle.leave()
                 directory = handle.put_in(None, b"")
             if fd >= 0:
-                os.close(fd)
+                self.budget.close(fd)
+            if mount_fd >= 0:
+                self.budget.close(mount_fd)
             # A loop, because the chain of directories may be long.
             if directory is None:
                 return
             handle = directory
 
-    # Pins
-
     def pin(self, holders: list[Holder], pins: list[Holder]) -> None:
-        """Keep their descriptors open; adds them to ``pins``, for ``unpin``."""
-        with self._lock:
-            for holder in holders:
-                holder.pins += 1
-            pins.extend(holders)
+        """As ``Budget.pin``."""
+        self.budget.pin(holders, pins)
 
     def unpin(self, pins: list[Holder]) -> None:
-        """Take all of these back, and empty the list."""
-        with self._lock:
-            for holder in pins:
-                holder.pins -= 1
-            pins.clear()
-
-    # Putting aside and finding again
-
-    def may_rest(self, handle: Handle) -> bool:
-        """Can the handle, which is open, be found again if its descriptor is closed now?"""
-        if handle.remote:
-            return False
-        try:
-            if not syscalls.stat(handle.fd).nlink:
-                return False
-            handle.token = syscalls.file_handle(handle.fd)
-            if self._by_handle:
-                return handle.volume.mount.fd >= 0
-            place = handle.place
-            return place is not None and self.is_at(handle, *place)
-        except OSError:
-            return False
-
-    def may_reopen(self, file: Opened) -> bool:
-        """Can a file that is open on a handle be opened again later?
-
-        Only by file handle: by name it could be gone by then, and its data with it.
-        """
-        handle = file.handle
-        if not self._by_handle or handle.remote:
-            return False
-        if handle.is_open:
-            return True
-        # Without links the last descriptor on it must stay, be it the handle's or this.
-        try:
-            return bool(handle.token and syscalls.stat(file.fd).nlink)
-        except OSError:
-            return False
-
-    def restore(self, handle: Handle) -> int:
-        """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
-        if not handle.refs:
-            raise OSError(errno.ESTALE, "the file was let go")
-        for file in handle.opened:
-            if file.is_open:
-                return os.open(f"/proc/self/fd/{file.fd}", os.O_PATH | os.O_CLOEXEC)
-        if self._by_handle:
-            mount_fd = handle.volume.mount.fd
-            if mount_fd < 0:
-                raise OSError(errno.ESTALE, "the file system is gone")
-            return self._verified(
-                handle, syscalls.open_by_handle(mount_fd, handle.token, os.O_PATH)
-            )
-        return self._find_by_name(handle)
-
-    def _find_by_name(self, handle: Handle) -> int:
-        steps: list[Place] = []
-        start = handle
-        while not start.is_open and not (steps and any(f.is_open for f in start.opened)):
-            place = start.place
-            if place is None:
-                raise OSError(errno.ESTALE, "the file is gone")
-            directory, name = place
-            steps.append((start, name))
-            start = directory
-        fd = os.dup(start.fd)
-        for step, name in reversed(steps):
-            try:
-                found = syscalls.walk(fd, name)
-            except NotADirectoryError:
-                found = None
-            finally:
-                os.close(fd)
-            if found is None:
-                raise OSError(errno.ESTALE, "the file no longer has the name it had")
-            fd = self._verified(step, found[0])
-        return fd
-
-    def _verified(self, handle: Handle, fd: int) -> int:
-        if not self._is_same(handle, fd):
-            os.close(fd)
-            raise OSError(errno.ESTALE, "another file is in the place of the one that was held")
-        return fd
-
-    @staticmethod
-    def _is_same(handle: Handle, fd: int) -> bool:
-        try:
-            same = handle.holds(syscalls.stat_at(fd, b""))
-            return same and syscalls.file_handle(fd) == handle.token
-        except OSError:
-            return False
+        """As ``Budget.unpin``."""
+        self.budget.unpin(pins)
 
     # Names
 
     def is_at(self, handle: Handle, directory: Handle, name: bytes) -> bool:
         """Does ``name`` in ``directory`` name what ``handle`` holds? ESTALE if that is gone."""
         _ = handle.fd  # while it is open, its inode number is no other file's
+        return self.shows(directory, name, handle)
+
+    def shows(self, directory: Handle, name: bytes, handle: Handle) -> bool:
+        """The same for a handle that is open."""
         try:
-            return handle.holds(syscalls.stat_at(directory.fd, name))
+            return handle.holds(self.host.stat_at(directory.fd, name))
         except FileNotFoundError:
             return False
 
@@ -375,10 +347,18 @@ class HandleTable:
             self.share(place[0])
         return place
 
-    def kept_place(self, handle: Handle) -> Place | None:
-        """Where a handle was found, with a reference to the directory."""
+    def kept_place(
+        self, handle: Handle, pins: list[Holder], elsewhere: Place | None = None
+    ) -> Place | None:
+        """Where a handle was found, or ``elsewhere``, with a reference to the directory."""
         with self._lock:
-            return self.kept(handle.place)
+            place = elsewhere or handle.place
+            if place is not None:
+                directory = place[0]
+                directory.refs += 1
+                directory.pins += 1
+                pins.append(directory)
+            return place
 
     def note(self, handle: Handle, directory: Handle, name: bytes) -> Place | None:
         """What a fid has to remember that found ``handle`` there: nothing, if the handle does.
@@ -389,15 +369,14 @@ class HandleTable:
             return None
         return self.share(directory), name
 
-    def before_change(self, directory: Handle, name: bytes) -> Handle | None:
+    def before_change(self, directory: Handle, name: bytes, pins: list[Holder]) -> Handle | None:
         """The guest is about to unlink or rename ``name``: what is held of it must not be lost.
 
-        Returns a reference to the handle on it, if there is one, for ``after_change``.
+        Returns a reference to the handle on it, if there is one, for ``after_change``. Until the
+        pins are given back it stays open: afterwards it may have no name to be found by.
         """
-        if self._by_handle and not self.budget.resting:
-            return None
         try:
-            stat = syscalls.stat_at(directory.fd, name)
+            stat = self.host.stat_at(directory.fd, name)
         except FileNotFoundError:
             return None
         with self._lock:
@@ -406,6 +385,8 @@ class HandleTable:
             if handle is None:
                 return None
             handle.refs += 1
+            handle.pins += 1
+            pins.append(handle)
         # Open it: without links it then stays open. ESTALE: it was lost before.
         with contextlib.suppress(OSError):
             _ = handle.fd
@@ -418,17 +399,28 @@ class HandleTable:
 
     def moved(self, handle: Handle, old: Place, new: Place) -> None:
         """The guest has renamed it from the one place to the other."""
-        directory, name = new
         with self._lock:
             if not handle.is_placed(*old):
                 return
-            above: Handle | None = directory
-            while above is not None and above is not handle:
-                above = above.directory
-            if above is None:
-                directory.refs += 1
-                left = handle.put_in(directory, name)
-            else:  # a ring, by places that the host has changed
-                left = handle.put_in(None, b"")
-        if left is not None:
-            self.release(left)
+            new[0].refs += 1
+            left = self._place(handle, *new)
+        for directory in left:
+            self.release(directory)
+
+    def found_at(self, handle: Handle, place: Place) -> None:
+        """The host has moved it there. Takes over the reference to the directory."""
+        with self._lock:
+            left = self._place(handle, *place)
+        for directory in left:
+            self.release(directory)
+
+    @staticmethod
+    def _place(handle: Handle, directory: Handle, name: bytes) -> list[Handle]:
+        """Takes over a reference to ``directory``; returns those to be released."""
+        above: Handle | None = directory
+        while above is not None and above is not handle:
+            above = above.directory
+        # A ring, by places that the host has changed, would never be let go.
+        kept = handle.refs > 0 and above is None
+        left = handle.put_in(directory, name) if kept else handle.put_in(None, b"")
+        return [other for other in (left, None if kept else directory) if other is not None]

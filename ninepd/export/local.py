@@ -20,6 +20,7 @@ from ninepd.errors import UsageError
 from ninepd.export.host import ACLS, Host, Time
 from ninepd.export.readonly import ReadonlyHost
 from ninepd.listing import Cookies, LookUp
+from ninepd.statelock import CHECKS, assert_unlocked
 from ninepd.syscalls import NO_ID, QidDevices, Stat, Statfs, fd_path
 
 
@@ -74,6 +75,8 @@ class LocalHost(Host):
         return os.readlink(b"", dir_fd=fd)
 
     def name_of(self, fd: int) -> bytes:
+        if CHECKS:
+            assert_unlocked()
         return os.readlink(os.fsencode(fd_path(fd)))
 
     def readdir(
@@ -114,6 +117,8 @@ class LocalHost(Host):
             return self._open(fd, flags & ~os.O_NOATIME, wait)
 
     def _open(self, fd: int, flags: int, wait: bool) -> int:
+        if CHECKS:
+            assert_unlocked()
         if wait:
             return os.open(fd_path(fd), flags)
         # A lease would keep us waiting without O_NONBLOCK; afterwards the flag must not linger,
@@ -132,6 +137,8 @@ class LocalHost(Host):
         return os.dup(fd)
 
     def close(self, fd: int) -> None:
+        if CHECKS:
+            assert_unlocked()
         os.close(fd)
 
     # Names

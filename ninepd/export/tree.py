@@ -6,12 +6,13 @@ import stat as st
 import sys
 from typing import Final
 
-from ninepd.config import Multidevs
-from ninepd.export.descriptors import Budget
+from ninepd.config import Multidevs, Reclaim
+from ninepd.export.descriptors import Budget, Holder
 from ninepd.export.handles import Handle, HandleTable, Opened, Place, is_same_inode
 from ninepd.export.host import Host
 from ninepd.export.mounts import Mounts
 from ninepd.export.qid import QidMap
+from ninepd.export.volumes import Volumes
 from ninepd.listing import LookUp
 from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
@@ -45,23 +46,26 @@ class Tree:
         host: Host,
         *,
         budget: int = sys.maxsize,
-        by_handle: bool = False,
+        reclaim: Reclaim = Reclaim.AUTO,
         multidevs: Multidevs = Multidevs.REMAP,
         kernel_filesystems: bool = False,
     ) -> None:
         """Take over ``root``, an O_PATH descriptor of a directory.
 
-        ``budget`` is how many descriptors may be open for fids. ``by_handle``: what is put aside
-        is found again by file handle, which needs CAP_DAC_READ_SEARCH. ``kernel_filesystems``:
-        procfs and the like may be served.
+        ``budget`` is how many descriptors may be open for fids. ``reclaim``: how what is put
+        aside is found again. ``kernel_filesystems``: procfs and the like may be served.
         """
         self.host = host
         stat = host.stat(root)
-        self.handles = HandleTable(Budget(budget), by_handle, multidevs, kernel_filesystems)
+        volumes: Volumes[Handle] = Volumes(
+            host, reclaim is not Reclaim.NAMES, multidevs, kernel_filesystems
+        )
+        by_name = reclaim is not Reclaim.HANDLES
+        self.handles = HandleTable(host, Budget(budget, host.close), volumes, by_name, self.find_by)
         self.qids = QidMap(stat, one_device=multidevs is not Multidevs.REMAP)
         self._forbids = multidevs is Multidevs.FORBID
-        self.root = self.handles.adopt(root, stat)
-        self.root.pins = 1
+        self._pins: list[Holder] = []
+        self.root = self.handles.adopt(root, stat, self._pins)  # pinned for good
         self.mounts = Mounts()
 
     def close(self) -> None:
@@ -71,13 +75,15 @@ class Tree:
 
     # Looking
 
-    def walk(self, directory: Handle, name: bytes) -> tuple[Handle, Stat] | None:
+    def walk(
+        self, directory: Handle, name: bytes, pins: list[Holder]
+    ) -> tuple[Handle, Stat] | None:
         """Look one name up, None if it is not there; a symbolic link is found as itself.
 
-        ``..`` stays in the export.
+        ``..`` stays in the export. What is found stays open until the pins are given back.
         """
         if name == b"..":
-            return self._parent(directory)
+            return self._parent(directory, pins)
         if name == b".":
             if not directory.is_directory:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory")
@@ -87,11 +93,11 @@ class Tree:
         if found is None:
             return None
         fd, stat = found
-        return self.handles.adopt(fd, stat, (directory, name)), stat
+        return self.handles.adopt(fd, stat, pins, (directory, name)), stat
 
-    def existing(self, directory: Handle, name: bytes) -> tuple[Handle, Stat]:
+    def existing(self, directory: Handle, name: bytes, pins: list[Holder]) -> tuple[Handle, Stat]:
         """As ``walk``; ENOENT if it is not there."""
-        found = self.walk(directory, name)
+        found = self.walk(directory, name, pins)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such name")
         return found
@@ -103,7 +109,9 @@ class Tree:
         """
         return handle.is_directory and bool(stat.automount or handle.volume.automounts)
 
-    def mounted(self, directory: Handle, name: bytes, found: Handle) -> tuple[Handle, Stat]:
+    def mounted(
+        self, directory: Handle, name: bytes, found: Handle, pins: list[Holder]
+    ) -> tuple[Handle, Stat]:
         """Enter ``found``, which is given back: what is there now. It may take any time."""
         self.handles.release(found)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -113,16 +121,16 @@ class Tree:
         except OSError:
             self.host.close(fd)
             raise
-        return self.handles.adopt(fd, stat, (directory, name)), stat
+        return self.handles.adopt(fd, stat, pins, (directory, name)), stat
 
-    def _parent(self, directory: Handle) -> tuple[Handle, Stat]:
+    def _parent(self, directory: Handle, pins: list[Holder]) -> tuple[Handle, Stat]:
         """The parent, if the export's root is among the ancestors of ``directory``: else ENOENT.
 
         The host may have moved the directory out of the export while the guest holds it.
         """
         if directory is self.root:
             return self._itself(directory)
-        parent = self._adopt_below_root(self.host.parent(directory.fd))
+        parent = self._adopt_below_root(self.host.parent(directory.fd), pins)
         try:
             return self._itself(parent)
         finally:
@@ -132,7 +140,7 @@ class Tree:
         stat = self.host.stat(directory.fd)
         return self.handles.share(directory), stat
 
-    def _adopt_below_root(self, fd: int) -> Handle:
+    def _adopt_below_root(self, fd: int, pins: list[Holder]) -> Handle:
         """A handle on a directory that was not found by a scoped look-up; ENOENT if outside."""
         try:
             stat = self.host.stat(fd)
@@ -141,7 +149,7 @@ class Tree:
         except OSError:
             self.host.close(fd)
             raise
-        return self.handles.adopt(fd, stat)
+        return self.handles.adopt(fd, stat, pins)
 
     def _below_root(self, fd: int, stat: Stat) -> bool:
         climber = self.host.duplicate(fd)
@@ -175,28 +183,32 @@ class Tree:
         names = self.mounts.covered(directory.volume.mount.mnt_id)
         return (LookUp.ALL, b"") if names is None else (directory.volume.look_up, names)
 
-    def find(self, handle: Handle) -> Place:
-        """Directory and name of a file that is no longer where it was found; ESTALE if unknown.
+    def find(self, handle: Handle, pins: list[Holder]) -> Place:
+        """Directory and name of a file that is no longer where it was found; ESTALE if unknown."""
+        return self.find_by(handle, handle.fd, pins)
+
+    def find_by(self, handle: Handle, held: int, pins: list[Holder]) -> Place:
+        """The same by a descriptor of the file.
 
         The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).
         It is used only if it leads, inside the export, to the file itself. The directory's
         reference is the caller's.
         """
         root = self.host.name_of(self.root.fd).rstrip(b"/") + b"/"
-        directory, _, name = self.host.name_of(handle.fd).rpartition(b"/")
+        directory, _, name = self.host.name_of(held).rpartition(b"/")
         directory += b"/"
         if not directory.startswith(root):
             raise OSError(errno.ESTALE, "the file has no name in the export")
         try:
-            parent = self._directory_below(directory[len(root) :])
+            parent = self._directory_below(directory[len(root) :], pins)
         except OSError:
             raise OSError(errno.ESTALE, "the file has no name in the export") from None
-        if not self.handles.is_at(handle, parent, name):
+        if not self._shows(parent, name, handle):
             self.handles.release(parent)
             raise OSError(errno.ESTALE, "the file no longer has the name it was found by")
         return parent, name
 
-    def _directory_below(self, path: bytes) -> Handle:
+    def _directory_below(self, path: bytes, pins: list[Holder]) -> Handle:
         flags = os.O_PATH | os.O_DIRECTORY
         fd = self.host.open_below(self.root.fd, path or b".", flags)
         try:
@@ -204,7 +216,13 @@ class Tree:
         except OSError:
             self.host.close(fd)
             raise
-        return self.handles.adopt(fd, stat)
+        return self.handles.adopt(fd, stat, pins)
+
+    def _shows(self, parent: Handle, name: bytes, handle: Handle) -> bool:
+        try:
+            return self.handles.shows(parent, name, handle)
+        except OSError:
+            return False
 
     # Opening
 
@@ -229,12 +247,12 @@ class Tree:
         return self.host.open(handle.fd, flags, wait or handle.is_directory)
 
     def adopt_created(
-        self, fd: int, flags: int, directory: Handle, name: bytes
+        self, fd: int, flags: int, directory: Handle, name: bytes, pins: list[Holder]
     ) -> tuple[Handle, Stat, Opened]:
         """The handle of a file that was just created and is open as ``fd``, which is taken over."""
         try:
             stat = self.host.stat(fd)
-            handle = self.handles.adopt(self.host.hold(fd), stat, (directory, name))
+            handle = self.handles.adopt(self.host.hold(fd), stat, pins, (directory, name))
         except OSError:
             self.host.close(fd)
             raise

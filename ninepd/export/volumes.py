@@ -5,17 +5,16 @@ import os
 import stat as st
 from enum import Enum, auto
 from errno import EACCES, ENODEV
-from typing import TYPE_CHECKING, Final
+from typing import Final, Generic, TypeVar
 
-from ninepd import syscalls
 from ninepd.config import Multidevs
+from ninepd.export.host import Host
 from ninepd.listing import LookUp
 from ninepd.syscalls import Stat
 
-if TYPE_CHECKING:
-    from ninepd.export.handles import Handle
-
 log = logging.getLogger(__name__)
+
+H = TypeVar("H")
 
 _MEMORY_TYPES: Final = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 _REMOTE_TYPES: Final = frozenset(
@@ -79,8 +78,8 @@ class Storage(Enum):
     """Any time, in any call: network and user-space file systems."""
 
 
-def _type_of(fd: int, mnt_id: int) -> str:
-    return _listed_type(mnt_id) or _NAMES.get(syscalls.fstatfs(fd).type, "")
+def _type_of(host: Host, fd: int, mnt_id: int) -> str:
+    return _listed_type(mnt_id) or _NAMES.get(host.statfs(fd).type, "")
 
 
 def _storage_of(kind: str) -> Storage:
@@ -110,7 +109,7 @@ class Mount:
         self.volumes = 0
 
 
-class Volume:
+class Volume(Generic[H]):
     """One device seen through one mount: here an inode number is one file.
 
     The mount belongs to it, because a device may be mounted twice, once of it read-only.
@@ -118,31 +117,52 @@ class Volume:
 
     __slots__ = ("automounts", "dev", "handles", "in_memory", "look_up", "mount", "remote")
 
-    def __init__(
-        self, mount: Mount, dev: int, storage: Storage, look_up: LookUp, automounts: bool
-    ) -> None:
+    def __init__(self, mount: Mount, dev: int, kind: str) -> None:
+        """``kind`` is its file system type."""
+        storage = _storage_of(kind)
         self.mount = mount
-        self.look_up = look_up
+        self.look_up = _LOOK_UPS.get(kind, LookUp.ALL)
         """What a listing has to look up besides mount points."""
-        self.automounts = automounts
+        self.automounts = kind == "autofs"
         """May any of its directories have something mounted on it when it is entered?"""
         self.dev = dev
         self.in_memory = storage is Storage.MEMORY
         self.remote = storage is Storage.REMOTE
-        self.handles: dict[int, Handle] = {}
+        self.handles: dict[int, H] = {}
         """By inode number. The handle table's."""
 
+    @property
+    def by_handle(self) -> bool:
+        """Are its files found again by file handle?"""
+        return self.mount.fd >= 0
 
-class Volumes:
-    """Those that handles are on now. Calls that change it are made one at a time."""
 
-    def __init__(self, by_handle: bool, multidevs: Multidevs, kernel_filesystems: bool) -> None:
-        """``by_handle``: files are to be opened by file handle.
+class Survey:
+    """What the host says of a volume that is not known yet."""
+
+    __slots__ = ("kind", "mount_fd")
+
+    def __init__(self, kind: str, mount_fd: int) -> None:
+        self.kind = kind
+        self.mount_fd = mount_fd
+
+
+class Volumes(Generic[H]):
+    """Those that handles are on now. ``H`` is what the handle table keeps for an inode.
+
+    All but ``survey`` is called under the handle table's lock.
+    """
+
+    def __init__(
+        self, host: Host, by_handle: bool, multidevs: Multidevs, kernel_filesystems: bool
+    ) -> None:
+        """``by_handle``: files are to be opened by file handle, where that can be done.
 
         ``kernel_filesystems``: those may be reached, too.
         """
         self.remote = False
         """Was any on storage that may keep a request waiting?"""
+        self._host = host
         self._by_handle = by_handle
         self._multidevs = multidevs
         self._refused_types = (
@@ -151,44 +171,48 @@ class Volumes:
         self._refused = False
         """Has the log said so?"""
         self._root_dev: int | None = None
-        self._volumes: dict[tuple[int, int], Volume] = {}
+        self._volumes: dict[tuple[int, int], Volume[H]] = {}
         self._mounts: dict[int, Mount] = {}
         self._warned: set[int] = set()
 
-    def find(self, stat: Stat) -> Volume | None:
+    def find(self, stat: Stat) -> Volume[H] | None:
         """The volume that a file is on, if it is known."""
         return self._volumes.get((stat.mnt_id, stat.dev))
 
-    def admit(self, fd: int, stat: Stat) -> Volume:
-        """A volume that was not known; ENODEV or EACCES if it may not be reached.
-
-        The first is the root's.
-        """
-        kind = _type_of(fd, stat.mnt_id)
+    def survey(self, fd: int, stat: Stat) -> Survey:
+        """Ask the host about the volume of a file; ENODEV or EACCES if it may not be reached."""
+        kind = _type_of(self._host, fd, stat.mnt_id)
         if kind in self._refused_types:
             self._refuse(kind)
+        self._check_device(stat.dev)
+        remote = _storage_of(kind) is Storage.REMOTE
+        usable = self._by_handle and st.S_ISDIR(stat.mode) and not remote
+        return Survey(kind, _mount_fd(self._host, fd) if usable else -1)
+
+    def _check_device(self, dev: int) -> None:
+        if self._root_dev is None or dev == self._root_dev:
+            return
+        if self._multidevs is Multidevs.FORBID:
+            raise OSError(ENODEV, "another device is mounted here (multidevs=forbid)")
+        if self._multidevs is Multidevs.WARN and dev not in self._warned:
+            self._warned.add(dev)
+            log.warning(
+                "another device is mounted below the export: two files may show the guest "
+                "one inode number (--multidevs warn)"
+            )
+
+    def admit(self, stat: Stat, survey: Survey) -> Volume[H]:
+        """A volume that was not known. The first is the root's."""
         if self._root_dev is None:
             self._root_dev = stat.dev
-        elif stat.dev != self._root_dev:
-            if self._multidevs is Multidevs.FORBID:
-                raise OSError(ENODEV, "another device is mounted here (multidevs=forbid)")
-            if self._multidevs is Multidevs.WARN and stat.dev not in self._warned:
-                self._warned.add(stat.dev)
-                log.warning(
-                    "another device is mounted below the export: two files may show the guest "
-                    "one inode number (--multidevs warn)"
-                )
-        storage = _storage_of(kind)
         mount = self._mounts.get(stat.mnt_id)
         if mount is None:
-            usable = self._by_handle and st.S_ISDIR(stat.mode) and storage is not Storage.REMOTE
-            mount_fd = _mount_fd(fd) if usable else -1
-            mount = self._mounts[stat.mnt_id] = Mount(stat.mnt_id, mount_fd)
+            mount = self._mounts[stat.mnt_id] = Mount(stat.mnt_id, survey.mount_fd)
+            survey.mount_fd = -1
         mount.volumes += 1
-        volume = self._volumes[stat.mnt_id, stat.dev] = Volume(
-            mount, stat.dev, storage, _LOOK_UPS.get(kind, LookUp.ALL), kind == "autofs"
-        )
-        self.remote |= storage is Storage.REMOTE
+        volume: Volume[H] = Volume(mount, stat.dev, survey.kind)
+        self._volumes[stat.mnt_id, stat.dev] = volume
+        self.remote |= volume.remote
         return volume
 
     def _refuse(self, kind: str) -> None:
@@ -204,28 +228,34 @@ class Volumes:
             f"{kind} is a file system of the kernel's own; --allow-kernel-filesystems serves it",
         )
 
-    def drop(self, volume: Volume) -> None:
-        """It holds no handles any more: its numbers may come to another file system."""
+    def drop(self, volume: Volume[H]) -> int:
+        """It holds no handles any more: its numbers may come to another file system.
+
+        Returns a descriptor to be closed, or -1: while open it keeps the host from unmounting.
+        """
         mount = volume.mount
         del self._volumes[mount.mnt_id, volume.dev]
         mount.volumes -= 1
-        if not mount.volumes:
-            del self._mounts[mount.mnt_id]
-            if mount.fd >= 0:  # an open descriptor would keep the host from unmounting
-                os.close(mount.fd)
-                mount.fd = -1
+        if mount.volumes:
+            return -1
+        del self._mounts[mount.mnt_id]
+        fd, mount.fd = mount.fd, -1
+        return fd
 
 
-def _mount_fd(directory: int) -> int:
-    """An ordinary descriptor on a mount whose files can be opened by handle; or -1."""
+def _mount_fd(host: Host, directory: int) -> int:
+    """An ordinary descriptor on a mount whose files can be opened by handle; or -1.
+
+    Tried out, because the right to do so depends on more than a capability.
+    """
     try:
-        fd = syscalls.open_scoped(directory, b".", os.O_RDONLY | os.O_DIRECTORY)
+        fd = host.open_below(directory, b".", os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return -1
     try:
-        os.close(syscalls.open_by_handle(fd, syscalls.file_handle(directory), os.O_PATH))
+        host.close(host.open_by_handle(fd, host.file_handle(directory)))
     except OSError as error:
-        log.info("handles on a mount stay open: %s", error)
-        os.close(fd)
+        log.info("on a mount, files cannot be opened by handle: %s", error)
+        host.close(fd)
         return -1
     return fd

@@ -97,15 +97,15 @@ def _opened(guest: Guest, fid: Fid, flags: int, wait: bool) -> Reply:
     return Rlopen(qid, 0 if fid.handle.is_directory else guest.iounit())
 
 
-def lcreate(guest: Guest, message: Tlcreate, _payload: Payload, fid: Fid) -> Reply:
+def lcreate(guest: Guest, message: Tlcreate, payload: Payload, fid: Fid) -> Reply:
     """Create and open a file; the fid moves from its directory to the file."""
     try:
-        return _created(guest, message, fid, wait=False)
+        return _created(guest, message, payload, fid, wait=False)
     except BlockingIOError:  # it exists, and a host process holds a lease on it
-        return Later(lambda _payload: _created(guest, message, fid, wait=True))
+        return Later(lambda payload: _created(guest, message, payload, fid, wait=True))
 
 
-def _created(guest: Guest, message: Tlcreate, fid: Fid, wait: bool) -> Reply:
+def _created(guest: Guest, message: Tlcreate, payload: Payload, fid: Fid, wait: bool) -> Reply:
     """Always tried with O_EXCL first. If the file exists and the guest did not ask for EXCL (its
     cache was behind), it is opened as it is: an existing object is never given an owner or a mode.
     """
@@ -123,7 +123,7 @@ def _created(guest: Guest, message: Tlcreate, fid: Fid, wait: bool) -> Reply:
     except FileExistsError:
         if message.flags & OpenFlag.EXCL:
             raise
-        handle, stat = tree.existing(directory, message.name)
+        handle, stat = tree.existing(directory, message.name, payload.pins)
         try:
             if handle.is_directory:
                 raise IsADirectoryError(errno.EISDIR, "a directory has that name") from None
@@ -133,7 +133,7 @@ def _created(guest: Guest, message: Tlcreate, fid: Fid, wait: bool) -> Reply:
             tree.handles.release(handle)
             raise
     else:
-        handle, stat, file = tree.adopt_created(fd, flags, directory, message.name)
+        handle, stat, file = tree.adopt_created(fd, flags, directory, message.name, payload.pins)
     guest.move(fid, handle, directory, message.name)
     fid.opened = file
     return Rlcreate(tree.qids.qid(stat), guest.iounit())

@@ -114,7 +114,7 @@ def create(guest: Guest, message: Tcreate, payload: Payload, fid: Fid) -> Reply:
     else:
         kind, major, minor = _device(perm, message.extension)
         names.mknod(guest, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload, fid)
-    handle, stat = guest.tree.existing(fid.handle, name)
+    handle, stat = guest.tree.existing(fid.handle, name, payload.pins)
     try:
         opened = guest.tree.open(handle, os.O_RDONLY) if handle.is_directory else None
     except OSError:
@@ -205,18 +205,18 @@ def wstat(guest: Guest, message: Twstat, payload: Payload, fid: Fid) -> Reply:
         changed = attributes.setattr(guest, change, payload, fid)
         if isinstance(changed, Later):
             return Later(partial(_wait_and, changed, rest))
-    return rest()
+    return rest(payload)
 
 
-def _rename(guest: Guest, fid: Fid, name: bytes) -> Reply:
+def _rename(guest: Guest, fid: Fid, name: bytes, payload: Payload) -> Reply:
     if name:
-        names.rename_here(guest, fid, name)
+        names.rename_here(guest, fid, name, payload.pins)
     return Rwstat()
 
 
-def _wait_and(first: Later, rest: Callable[[], Reply], payload: Payload) -> Reply:
+def _wait_and(first: Later, rest: Callable[[Payload], Reply], payload: Payload) -> Reply:
     first.work(payload)
-    return rest()
+    return rest(payload)
 
 
 def _flush(host: Host, file: Opened, _payload: Payload) -> Reply:

@@ -99,20 +99,20 @@ def link(guest: Guest, message: Tlink, _payload: Payload, into: Fid, fid: Fid) -
     return Rlink()
 
 
-def renameat(guest: Guest, message: Trenameat, _payload: Payload, old: Fid, new: Fid) -> Reply:
+def renameat(guest: Guest, message: Trenameat, payload: Payload, old: Fid, new: Fid) -> Reply:
     """rename(2) between two directories; fids follow their inodes, so there is nothing to mend."""
     source, target = old.directory(), new.directory()
     check_name(message.oldname, errno.EISDIR)
     check_name(message.newname, errno.EISDIR)
-    _rename(guest, (source, message.oldname), (target, message.newname))
+    _rename(guest, (source, message.oldname), (target, message.newname), payload.pins)
     return Rrenameat()
 
 
-def _rename(guest: Guest, old: Place, new: Place) -> None:
+def _rename(guest: Guest, old: Place, new: Place, pins: list[Holder]) -> None:
     handles = guest.tree.handles
-    held = handles.before_change(*old)
+    held = handles.before_change(*old, pins)
     try:
-        replaced = handles.before_change(*new)
+        replaced = handles.before_change(*new, pins)
         try:
             guest.host.rename(old[0].fd, old[1], new[0].fd, new[1])
             if held is not None:
@@ -124,7 +124,7 @@ def _rename(guest: Guest, old: Place, new: Place) -> None:
 
 
 @contextmanager
-def _place(guest: Guest, fid: Fid) -> Iterator[Place]:
+def _place(guest: Guest, fid: Fid, pins: list[Holder]) -> Iterator[Place]:
     """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown.
 
     The directory is kept meanwhile: another thread may be renaming the file.
@@ -132,54 +132,51 @@ def _place(guest: Guest, fid: Fid) -> Iterator[Place]:
     tree, handles = guest.tree, guest.tree.handles
     if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
-    place = handles.kept(fid.elsewhere) or handles.kept_place(fid.handle)
+    place = handles.kept_place(fid.handle, pins, fid.elsewhere)
     try:
         if place is None or not handles.is_at(fid.handle, *place):
-            known, place = place, tree.find(fid.handle)
+            known, place = place, tree.find(fid.handle, pins)
             if known is not None:
                 handles.release(known[0])
             guest.replace(fid, handles.share(fid.handle), handles.kept(place))
-        pins: list[Holder] = []
-        handles.pin([place[0]], pins)
-        try:
-            yield place
-        finally:
-            handles.unpin(pins)
+        yield place
     finally:
         if place is not None:
             handles.release(place[0])
 
 
-def rename(guest: Guest, message: Trename, _payload: Payload, fid: Fid, into: Fid) -> Reply:
+def rename(guest: Guest, message: Trename, payload: Payload, fid: Fid, into: Fid) -> Reply:
     """Rename what a fid holds; Linux sends this only to servers without Trenameat."""
     fid.held()
     target = into.directory()
     check_name(message.name, errno.EISDIR)
-    rename_to(guest, fid, target, message.name)
+    rename_to(guest, fid, target, message.name, payload.pins)
     return Rrename()
 
 
-def rename_here(guest: Guest, fid: Fid, name: bytes) -> None:
+def rename_here(guest: Guest, fid: Fid, name: bytes, pins: list[Holder]) -> None:
     """Give what a fid holds another name in the directory that it is in."""
-    with _place(guest, fid) as old:
+    with _place(guest, fid, pins) as old:
         if name != old[1]:
-            _move(guest, fid, old, (old[0], name))
+            _move(guest, fid, old, (old[0], name), pins)
 
 
-def rename_to(guest: Guest, fid: Fid, directory: Handle, name: bytes) -> None:
+def rename_to(guest: Guest, fid: Fid, directory: Handle, name: bytes, pins: list[Holder]) -> None:
     """Give what a fid holds another name; ESTALE if it is not where it was found."""
-    with _place(guest, fid) as old:
-        _move(guest, fid, old, (directory, name))
+    with _place(guest, fid, pins) as old:
+        _move(guest, fid, old, (directory, name), pins)
 
 
-def _move(guest: Guest, fid: Fid, old: Place, new: Place) -> None:
-    _rename(guest, old, new)
+def _move(guest: Guest, fid: Fid, old: Place, new: Place, pins: list[Holder]) -> None:
+    _rename(guest, old, new, pins)
     guest.move(fid, guest.tree.handles.share(fid.handle), *new)
 
 
-def _remove_name(guest: Guest, directory: Handle, name: bytes, is_directory: bool) -> None:
+def _remove_name(
+    guest: Guest, directory: Handle, name: bytes, is_directory: bool, pins: list[Holder]
+) -> None:
     handles = guest.tree.handles
-    held = handles.before_change(directory, name)
+    held = handles.before_change(directory, name, pins)
     try:
         if is_directory:
             guest.host.rmdir(directory.fd, name)
@@ -189,23 +186,23 @@ def _remove_name(guest: Guest, directory: Handle, name: bytes, is_directory: boo
         handles.after_change(held)
 
 
-def unlinkat(guest: Guest, message: Tunlinkat, _payload: Payload, fid: Fid) -> Reply:
+def unlinkat(guest: Guest, message: Tunlinkat, payload: Payload, fid: Fid) -> Reply:
     """Remove a name; what fids hold of the file stays usable."""
     parent = fid.directory()
     check_name(message.name, errno.EINVAL if message.name == b"." else errno.ENOTEMPTY)
     if message.flags & ~UNLINK_REMOVEDIR:
         raise OSError(errno.EINVAL, f"flags {message.flags:#x} are not known")
     is_directory = bool(message.flags & UNLINK_REMOVEDIR)
-    _remove_name(guest, parent, message.name, is_directory)
+    _remove_name(guest, parent, message.name, is_directory, payload.pins)
     return Runlinkat()
 
 
-def remove(guest: Guest, message: Tremove, _payload: Payload, fid: Fid) -> Reply:
+def remove(guest: Guest, message: Tremove, payload: Payload, fid: Fid) -> Reply:
     """Remove the file and clunk the fid, the latter whatever happens (remove(5))."""
     guest.remove(message.fid, fid)
     try:
-        with _place(guest, fid) as (directory, name):
-            _remove_name(guest, directory, name, fid.handle.is_directory)
+        with _place(guest, fid, payload.pins) as (directory, name):
+            _remove_name(guest, directory, name, fid.handle.is_directory, payload.pins)
     finally:
         guest.retire(fid)
     return Rremove()

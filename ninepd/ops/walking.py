@@ -44,7 +44,7 @@ def auth(_guest: Guest, _message: Tauth, _payload: Payload) -> Reply:
     raise OSError(errno.EOPNOTSUPP, "this server needs no authentication")
 
 
-def attach(guest: Guest, message: Tattach, _payload: Payload) -> Reply:
+def attach(guest: Guest, message: Tattach, payload: Payload) -> Reply:
     """A fid on the root of the export, or on the directory below it that ``aname`` names.
 
     The Linux client attaches once for each guest user; ``n_uname`` is that user (fs/9p/fid.c).
@@ -59,9 +59,9 @@ def attach(guest: Guest, message: Tattach, _payload: Payload) -> Reply:
     handle = handles.share(tree.root)
     try:
         for name in filter(None, message.aname.split(b"/")):
-            step = tree.existing(handle, name)
+            step = tree.existing(handle, name, payload.pins)
             if tree.awaits_mount(*step):
-                step = tree.mounted(handle, name, step[0])
+                step = tree.mounted(handle, name, step[0], payload.pins)
             handles.release(handle)
             handle = step[0]
         qid = tree.qid(handle)
@@ -107,11 +107,11 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
             if handle.remote and not payload.uses:
                 _release(handles, found)
                 return Later(lambda payload: walk(guest, message, payload, start))
-            step = tree.walk(handle, name)
+            step = tree.walk(handle, name, payload.pins)
             if step is None:
                 break
             if tree.awaits_mount(*step):
-                step = tree.mounted(handle, name, step[0])
+                step = tree.mounted(handle, name, step[0], payload.pins)
             handle, stat = step
             found.append(handle)
             qids.append(tree.qids.qid(stat))

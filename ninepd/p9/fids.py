@@ -55,11 +55,15 @@ class FidTable(Generic[F]):
             self._count -= 1
         return fid
 
-    def clear(self) -> list[F]:
-        """All numbers are free; returns the fids they had."""
-        fids = [fid for fid in self._low if fid is not None]
-        fids.extend(self._high.values())
-        self._low.clear()
-        self._high.clear()
-        self._count = 0
+    def take(self, count: int) -> list[F]:
+        """Take back up to so many numbers, none if all are free; returns the fids they had."""
+        fids: list[F] = []
+        low = self._low
+        while low and len(fids) < min(count, self._count):
+            fid = low.pop()
+            if fid is not None:
+                fids.append(fid)
+        while self._high and len(fids) < count:
+            fids.append(self._high.popitem()[1])
+        self._count -= len(fids)
         return fids

@@ -94,9 +94,8 @@ class Session(Generic[F]):
             raise FileNotFoundError(errno.ENOENT, f"fid {number} is not in use")
         return fid
 
-    def clear(self) -> list[F]:
-        """Forget the session; returns all fids, for the caller to release."""
-        fids = self.fids.clear()
+    def end_some(self, count: int) -> list[F]:
+        """Forget the session; returns up to so many fids, for the caller to release, or none."""
         self.msize = 0
         self.dialect = Dialect.L
-        return fids
+        return self.fids.take(count)
