@@ -87,7 +87,7 @@ def _start_and_idle(setting: Setting, tree: str) -> list[Sample]:
 def _fids(setting: Setting, tree: str) -> list[Sample]:
     samples = []
     counts = [n for n in (_FIRST_FIDS, 10_000, 100_000, 1_000_000) if n <= setting.plan.fids]
-    variants: dict[str, list[str]] = {"names": []}
+    variants = {"names": ["--reclaim", "names"]}
     if os.geteuid() == 0:
         variants["handles"] = ["--reclaim", "handles"]
     for reclaim, options in variants.items():

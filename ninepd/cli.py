@@ -106,10 +106,11 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--reclaim",
             metavar="HOW",
-            default="names",
+            default="auto",
             show_default=True,
-            help="When descriptors run short, find files again by their names if they still are "
-            "the same files, or by handles (needs CAP_DAC_READ_SEARCH).",
+            help="When descriptors run short, find files again by handles (needs "
+            "CAP_DAC_READ_SEARCH), by their names if they still are the same files, or auto: by "
+            "handles where that can be done, else by names.",
         ),
         click.option(
             "--allow-kernel-filesystems",
