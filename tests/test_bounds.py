@@ -8,7 +8,7 @@ from ninepd.p9.messages import LockType, Tlcreate, Tlock, Tread, Twrite
 from tests import test_reclaim
 from tests.client import ROOT, Client, Daemon
 from tests.conftest import Mount, StartDaemon
-from tests.test_reclaim import LIMIT, Start
+from tests.test_reclaim import BY_NAME, LIMIT, Start
 
 start = test_reclaim.start
 
@@ -45,7 +45,7 @@ def test_read_of_more_than_msize(daemon: Daemon, export: Path) -> None:
 
 
 def test_create_without_descriptors_leaves_no_file(start: Start, export: Path) -> None:
-    _, client = start()
+    _, client = start(*BY_NAME)
     created = 0
     while True:
         fid = created + 1
@@ -61,7 +61,7 @@ def test_create_without_descriptors_leaves_no_file(start: Start, export: Path) -
 
 
 def test_locks_take_descriptors_of_the_guest_only(start: Start, export: Path) -> None:
-    daemon, client = start()
+    daemon, client = start(*BY_NAME)
     for fid in range(1, LIMIT):
         client.walk(ROOT, fid)
         refusal = client.error(Tlcreate(fid, b"f%d" % fid, 0x8042, 0o644, 0))

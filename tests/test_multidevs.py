@@ -309,7 +309,7 @@ def test_mounts_appear_and_disappear(export: Path, connect: Connect, mount: Moun
         client.clunk(3)
 
 
-OPTIONS = {"names": (), "handles": ("--reclaim", "handles")}
+OPTIONS = {"names": ("--reclaim", "names"), "handles": ("--reclaim", "handles")}
 
 
 @pytest.mark.parametrize("how", OPTIONS)

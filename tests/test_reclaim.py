@@ -24,6 +24,7 @@ from tests.conftest import StartDaemon
 LIMIT = 256
 PRLIMIT = ("prlimit", f"--nofile={LIMIT}")
 FILES = 2000
+BY_NAME = ("--reclaim", "names")
 O_RDWR = 2
 
 Start = Callable[..., tuple[Daemon, Client]]
@@ -80,9 +81,10 @@ def error_of(client: Client, message: object) -> int | None:
     return None
 
 
-def test_more_fids_than_descriptors(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_more_fids_than_descriptors(start: Start, export: Path, how: str) -> None:
     names = make_files(export)
-    daemon, client = start()
+    daemon, client = start("--reclaim", how)
     walk_all(client, names)
     assert daemon.descriptors() <= LIMIT
     for fid, name in enumerate(names, 1):
@@ -94,7 +96,7 @@ def test_more_fids_than_descriptors(start: Start, export: Path) -> None:
 
 def test_by_name_a_replaced_file_is_stale_and_never_another(start: Start, export: Path) -> None:
     names = make_files(export)
-    _, client = start()
+    _, client = start(*BY_NAME)
     walk_all(client, names)
     renamed, replaced = set(names[:50]), set(names[50:100])
     for name in renamed:
@@ -110,10 +112,13 @@ def test_by_name_a_replaced_file_is_stale_and_never_another(start: Start, export
             assert content(client, fid) == name
 
 
-def test_host_renames_of_a_directory_that_is_open_do_no_harm(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_host_renames_of_a_directory_that_is_open_do_no_harm(
+    start: Start, export: Path, how: str
+) -> None:
     """A path fid below is found again through the directory, wherever that has gone."""
     names = make_files(export)
-    _, client = start()
+    _, client = start("--reclaim", how)
     client.walk(ROOT, 90_000, b"d3")
     client.rpc(Tlopen(90_000, 0))
     walk_all(client, names)
@@ -168,9 +173,10 @@ def test_by_handle_open_files_outnumber_descriptors(
         assert path.read_bytes() == name + b"!"
 
 
-def test_what_the_guest_unlinks_stays(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_what_the_guest_unlinks_stays(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
-    _, client = start()
+    _, client = start("--reclaim", how)
     walk_all(client, names)
     for number in range(10):
         client.walk(ROOT, 10_000 + number, b"d%d" % number)
@@ -184,9 +190,10 @@ def test_what_the_guest_unlinks_stays(start: Start, export: Path) -> None:
         assert content(client, fid) == name
 
 
-def test_guest_renames_are_followed(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_guest_renames_are_followed(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
-    _, client = start()
+    _, client = start("--reclaim", how)
     walk_all(client, names)
     for number in range(10):
         client.rpc(Trenameat(ROOT, b"d%d" % number, ROOT, b"moved%d" % number))
@@ -196,9 +203,10 @@ def test_guest_renames_are_followed(start: Start, export: Path) -> None:
         assert content(client, fid) == name
 
 
-def test_a_guest_rename_over_a_resting_file_keeps_it(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_a_guest_rename_over_a_resting_file_keeps_it(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
-    _, client = start()
+    _, client = start("--reclaim", how)
     walk_all(client, names)
     client.walk(ROOT, 10_000, b"d0")
     client.walk(ROOT, 10_001, b"d1")
@@ -209,9 +217,10 @@ def test_a_guest_rename_over_a_resting_file_keeps_it(start: Start, export: Path)
     assert (export / "d0" / "f0").read_bytes() == names[1]
 
 
-def test_removal_by_a_resting_fid(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_removal_by_a_resting_fid(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
-    _, client = start()
+    _, client = start("--reclaim", how)
     walk_all(client, names)
     client.rpc(Tremove(1))
     assert not (export / os.fsdecode(names[0])).exists()
@@ -220,7 +229,7 @@ def test_removal_by_a_resting_fid(start: Start, export: Path) -> None:
 
 def test_emfile_only_when_nothing_is_idle(start: Start, export: Path) -> None:
     names = make_files(export, 600)
-    daemon, client = start()
+    daemon, client = start(*BY_NAME)
     walk_all(client, names)
     opened = 0
     while (code := error_of(client, Tlopen(opened + 1, 0))) is None:
@@ -237,9 +246,10 @@ def test_emfile_only_when_nothing_is_idle(start: Start, export: Path) -> None:
     assert daemon.descriptors() <= LIMIT
 
 
-def test_a_recycled_inode_does_not_join_a_resting_fid(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_a_recycled_inode_does_not_join_a_resting_fid(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
-    _, client = start()
+    _, client = start("--reclaim", how)
     walk_all(client, names)
     first = client.rpc(Tgetattr(1, 0x3FFF))
     walk_all(client, names[1:], 20_000)
@@ -253,10 +263,11 @@ def test_a_recycled_inode_does_not_join_a_resting_fid(start: Start, export: Path
     assert error_of(client, Tgetattr(1, 0x7FF)) == errno.ESTALE
 
 
-def test_removal_by_a_fid_whose_inode_was_recycled(start: Start, export: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "names"])
+def test_removal_by_a_fid_whose_inode_was_recycled(start: Start, export: Path, how: str) -> None:
     """A new file of the same name, in the same inode, is still another file."""
     names = make_files(export, 600)
-    _, client = start()
+    _, client = start("--reclaim", how)
     walk_all(client, names)
     victims = 0
     for fid, name in enumerate(names[:20], 1):
@@ -283,3 +294,63 @@ def test_places_that_form_a_ring_are_let_go(daemon: Daemon, client: Client, expo
     for fid in (1, 2):
         client.rpc(Tclunk(fid))
     assert daemon.descriptors() == idle
+
+
+def test_by_name_files_that_the_host_moves_are_followed(start: Start, export: Path) -> None:
+    """As a mail server moves what a guest holds from ``new`` to ``cur``."""
+    (export / "new").mkdir()
+    (export / "cur").mkdir()
+    for number in range(600):
+        (export / f"new/{number}").write_text(str(number))
+    _, client = start(*BY_NAME)
+    for number in range(100):  # these are open when they move
+        client.walk(ROOT, 1 + number, b"new", b"%d" % number)
+    for number in range(600):
+        (export / f"new/{number}").rename(export / f"cur/{number}")
+    for number in range(100, 600):
+        client.walk(ROOT, 1 + number, b"cur", b"%d" % number)
+    for number in range(100):
+        (export / f"more{number}").touch()
+        client.walk(ROOT, 1000 + number, b"more%d" % number)
+    assert len(client.names(ROOT)) == 102
+    for number in range(600):
+        assert content(client, 1 + number) == str(number).encode()
+
+
+def test_by_name_every_file_moves_each_time_it_was_found(start: Start, export: Path) -> None:
+    """None of them is where the guest has found it, whenever it was put aside."""
+    for folder in ("a", "b"):
+        (export / folder).mkdir()
+    for number in range(600):
+        (export / f"a/{number}").touch()
+    _, client = start(*BY_NAME)
+    for number in range(600):
+        client.walk(ROOT, 1 + number, b"a", b"%d" % number)
+        (export / f"a/{number}").rename(export / f"b/{number}")
+    assert len(client.names(ROOT)) == 2
+    for number in range(600):
+        assert content(client, 1 + number) == b""
+
+
+@pytest.mark.usefixtures("as_root")
+def test_by_default_twenty_thousand_files_are_open(start: Start, export: Path) -> None:
+    names = make_files(export, 20_000)
+    daemon, client = start()
+    for number, name in enumerate(names, 1):
+        client.open(ROOT, number, *name.split(b"/"))
+    assert daemon.descriptors() <= LIMIT
+    for number in range(1, 20_000, 37):
+        assert client.read(number, 0, 100) == names[number - 1]
+
+
+def test_by_default_names_do_where_handles_may_not_be_used(
+    start_daemon: StartDaemon, export: Path, other_user: tuple[str, ...]
+) -> None:
+    names = make_files(export, 600)
+    daemon = start_daemon(launcher=(*PRLIMIT, *other_user))
+    with Client(daemon.socket) as client:
+        client.attach()
+        walk_all(client, names)
+        for fid, name in enumerate(names, 1):
+            assert content(client, fid) == name
+        assert daemon.descriptors() <= LIMIT

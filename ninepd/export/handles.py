@@ -81,11 +81,6 @@ class Handle(Holder):
         return self.volume.remote
 
     @property
-    def path(self) -> str:
-        """Names the held object in calls that take a path and follow links."""
-        return f"/proc/self/fd/{self.fd}"
-
-    @property
     def is_directory(self) -> bool:
         return self.kind == st.S_IFDIR
 
