@@ -1,0 +1,242 @@
+"""Descriptors as a budget, counted: how much is done in one step, and who may put aside."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ninepd.config import Reclaim
+from ninepd.export.descriptors import GLANCES, SLICE, Budget, Holder
+from ninepd.export.local import UnmappedHost
+from ninepd.export.tree import Tree
+from ninepd.jobs import Job, Jobs
+from ninepd.ops import files
+from ninepd.ops.guest import END_SLICE, Guest
+from ninepd.ops.replies import Later
+from ninepd.p9.messages import Rread, Tread
+from ninepd.payload import PrivatePayload
+from ninepd.statelock import DESCRIPTORS, GUEST, CheckedLock, assert_unlocked
+
+
+class Counted(Holder):
+    """Counts how often the host would be asked."""
+
+    def __init__(self, budget: Budget, number: int, may_rest: Callable[[], bool]) -> None:
+        super().__init__(number)
+        self._budget = budget
+        self._may_rest = may_rest
+        with budget.lock:
+            budget.add(self)
+
+    @property
+    def budget(self) -> Budget:
+        return self._budget
+
+    def _restore(self) -> int:
+        return 0
+
+    def may_rest(self) -> bool:
+        return self._may_rest()
+
+
+def crowd(count: int, may_rest: Callable[[], bool]) -> tuple[Budget, list[int]]:
+    """A budget that is full of idle holders; and the numbers that it has closed."""
+    closed: list[int] = []
+    budget = Budget(count, closed.append)
+    for number in range(count):
+        Counted(budget, number, may_rest).recent = False
+    return budget, closed
+
+
+def test_one_step_asks_the_host_a_slice_of_questions() -> None:
+    budget, closed = crowd(10_000, lambda: True)
+    budget.make_room()
+    assert len(closed) == SLICE
+    steps = 1
+    while budget.crowded:
+        steps += 1
+        budget.make_room()
+    assert steps <= 10_000 // 8 // SLICE + 1
+    assert sorted(closed) == sorted(set(closed))
+
+
+@pytest.mark.parametrize("what", ["recent", "pinned", "refused"])
+def test_one_step_looks_at_a_slice_of_the_busy(what: str) -> None:
+    asked = 0
+
+    def refuse() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    budget, closed = crowd(10_000, refuse)
+    for holder in budget._open:
+        holder.recent = what == "recent"
+        holder.pins = what == "pinned"
+    budget.make_room()
+    passed = sum(not holder.recent for holder in budget._open) if what == "recent" else 0
+    assert asked == (SLICE if what == "refused" else 0)
+    assert passed <= GLANCES
+    assert closed == []
+
+
+def test_what_is_used_while_the_host_is_asked_stays() -> None:
+    budget, closed = crowd(100, lambda: bool(budget._open[0].fd) or True)
+    for holder in budget._open[1:]:
+        holder.pins = 1
+    budget.make_room()
+    assert closed == []
+
+
+def test_whoever_has_lost_the_ring_puts_nothing_aside() -> None:
+    """Its question took so long that another thread serves the ring now."""
+
+    def lose() -> bool:
+        budget.take_over()
+        return True
+
+    budget, closed = crowd(1000, lose)
+    budget.make_room()
+    assert closed == []
+    assert all(not holder.pins for holder in budget._open)
+
+
+def test_files_without_a_way_back_are_not_asked_again_at_once() -> None:
+    asked = 0
+
+    def refuse() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    budget, _ = crowd(1000, refuse)
+    with budget.lock:  # so that it is crowded, but something is left
+        for holder in budget._open[900:]:
+            holder.leave()
+    for _ in range(100):
+        budget.make_room()
+    assert asked < 100 * SLICE
+
+
+@pytest.fixture
+def tree(export: Path) -> Iterator[Tree]:
+    for number in range(60):
+        (export / f"f{number}").write_text(f"f{number}")
+    tree = Tree(os.open(export, os.O_PATH), UnmappedHost(), budget=32, reclaim=Reclaim.HANDLES)
+    yield tree
+    tree.close()
+    assert (tree.handles.budget.used, tree.handles.budget.resting) == (0, 0)
+
+
+def test_a_session_ends_in_slices(tree: Tree) -> None:
+    guest = Guest(tree, 1 << 20)
+    for number in range(3 * END_SLICE):
+        guest.add(number, tree.handles.share(tree.root), 0)
+    assert not guest.end_some()
+    assert len(guest.session.fids) == 2 * END_SLICE
+    with pytest.raises(FileNotFoundError):
+        guest.add(9999, tree.handles.share(tree.root), 0)
+    guest.end()
+    assert len(guest.session.fids) == 0
+    assert tree.root.refs == 1
+
+
+class Paused(PrivatePayload):
+    """Waits between the moment when a descriptor is chosen and that when it is read."""
+
+    def __init__(self) -> None:
+        super().__init__(b"", 4096)
+        self.chosen, self.go = threading.Event(), threading.Event()
+
+    def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
+        self.chosen.set()
+        assert self.go.wait(10)
+        return super().read(fd, skip, count, offset, flags)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> None:
+    """It was held when the fid was no open file yet; its descriptor is its own all the same."""
+    guest = Guest(tree, 1 << 20)
+    pins: list[Holder] = []
+    handle, _ = tree.existing(tree.root, b"f0", pins)
+    fid = guest.add(1, handle, 0)
+    tree.handles.unpin(pins)
+    begun = threading.Event()
+    jobs = Jobs("test", 4, lambda: None, lambda: None)
+    read = Paused()
+
+    def add(tag: int, work: Callable[[Any], Any], payload: PrivatePayload, exclusive: bool) -> None:
+        jobs.add(Job(tag, tag, guest, [fid], payload, work, exclusive))
+
+    def open_it(_payload: Any) -> None:
+        begun.wait(10)
+        fid.opened = tree.open(fid.handle, os.O_RDONLY)
+
+    message = Tread(1, 0, 100)
+    add(1, open_it, PrivatePayload(b"", 0), True)
+    add(2, lambda payload: files.read(guest, message, payload, fid), read, False)
+    begun.set()
+    assert next(jobs.completed(10)).tag == 1
+    list(jobs.completed())
+    assert read.chosen.wait(10)
+    opened = []
+    for number in range(1, 60):  # many more than there is room for
+        tree.handles.budget.make_room()
+        other, _ = tree.existing(tree.root, b"f%d" % number, pins)
+        opened.append(tree.open(other, os.O_RDONLY))
+        tree.handles.unpin(pins)
+    read.go.set()
+    (done,) = jobs.completed(10)
+    assert isinstance(done.reply, Rread), done.reply
+    assert bytes(read._reply) == b"f0"
+    assert not any(holder.pins for holder in (fid.handle, fid.opened))
+    jobs.close()
+    for file in opened:
+        file.close()
+        tree.handles.release(file.handle)
+    guest.end()
+
+
+def test_the_rest_of_a_request_takes_a_holder(tree: Tree) -> None:
+    """Not the number that its descriptor had when the request came."""
+    guest = Guest(tree, 1 << 20)
+    pins: list[Holder] = []
+    handle, _ = tree.existing(tree.root, b"f0", pins)
+    fid = guest.add(1, handle, 0)
+    tree.handles.unpin(pins)
+    fid.opened = file = tree.open(handle, os.O_RDONLY)
+    payload = PrivatePayload(b"", 4096)
+    rest = Later(lambda payload: files._read_rest(file, 0, 100, 0, payload))
+    with tree.handles.budget.lock:
+        number = file.rest()
+    os.close(number)
+    stranger = os.open(__file__, os.O_RDONLY)
+    try:
+        rest.work(payload)
+        assert bytes(payload._reply) == b"f0"
+    finally:
+        os.close(stranger)
+    guest.end()
+
+
+# Locks
+
+
+def test_locks_are_taken_in_their_order() -> None:
+    first, second = CheckedLock(GUEST), CheckedLock(DESCRIPTORS)
+    with first, second:
+        pass
+    with pytest.raises(AssertionError, match="behind"), second, first:
+        pass
+    with pytest.raises(AssertionError, match="behind"), first, first:
+        pass
+    assert_unlocked()
+
+
+def test_the_host_is_not_asked_under_a_lock(tree: Tree) -> None:
+    with tree.handles.budget.lock, pytest.raises(AssertionError, match="held"):
+        tree.host.stat(tree.root.fd)
