@@ -17,8 +17,9 @@ from ninepd.ops import files
 from ninepd.ops.guest import END_SLICE, Guest
 from ninepd.ops.replies import Later
 from ninepd.p9.messages import Rread, Tread
-from ninepd.payload import PrivatePayload
+from ninepd.payload import Buffers, PrivatePayload
 from ninepd.statelock import DESCRIPTORS, GUEST, CheckedLock, assert_unlocked
+from ninepd.workers import Workers
 
 
 class Counted(Holder):
@@ -144,11 +145,15 @@ def test_a_session_ends_in_slices(tree: Tree) -> None:
     assert tree.root.refs == 1
 
 
+def private() -> PrivatePayload:
+    return PrivatePayload(4096, Buffers())
+
+
 class Paused(PrivatePayload):
     """Waits between the moment when a descriptor is chosen and that when it is read."""
 
     def __init__(self) -> None:
-        super().__init__(b"", 4096)
+        super().__init__(4096, Buffers())
         self.chosen, self.go = threading.Event(), threading.Event()
 
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
@@ -166,22 +171,22 @@ def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> Non
     fid = guest.add(1, handle, 0)
     tree.handles.unpin(pins)
     begun = threading.Event()
-    jobs = Jobs("test", 4, lambda: None, lambda: None)
+    message = Tread(1, 0, 100)
+    workers = Workers("test")
+    jobs = Jobs("test", workers, lambda: None)
     read = Paused()
 
     def add(tag: int, work: Callable[[Any], Any], payload: PrivatePayload, exclusive: bool) -> None:
-        jobs.add(Job(tag, tag, guest, [fid], payload, work, exclusive))
+        jobs.add(Job(tag, tag, guest, message, [fid], payload, work, exclusive))
 
     def open_it(_payload: Any) -> None:
         begun.wait(10)
         fid.opened = tree.open(fid.handle, os.O_RDONLY)
 
-    message = Tread(1, 0, 100)
-    add(1, open_it, PrivatePayload(b"", 0), True)
+    add(1, open_it, private(), True)
     add(2, lambda payload: files.read(guest, message, payload, fid), read, False)
     begun.set()
-    assert next(jobs.completed(10)).tag == 1
-    list(jobs.completed())
+    assert [job.tag for job in jobs.completed(10)] == [1]
     assert read.chosen.wait(10)
     opened = []
     for number in range(1, 60):  # many more than there is room for
@@ -192,9 +197,11 @@ def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> Non
     read.go.set()
     (done,) = jobs.completed(10)
     assert isinstance(done.reply, Rread), done.reply
-    assert bytes(read._reply) == b"f0"
-    assert not any(holder.pins for holder in (fid.handle, fid.opened))
+    assert read.take(2) == b"f0"
+    assert not fid.handle.pins
+    assert not fid.open_file().pins
     jobs.close()
+    workers.close()
     for file in opened:
         file.close()
         tree.handles.release(file.handle)
@@ -209,7 +216,7 @@ def test_the_rest_of_a_request_takes_a_holder(tree: Tree) -> None:
     fid = guest.add(1, handle, 0)
     tree.handles.unpin(pins)
     fid.opened = file = tree.open(handle, os.O_RDONLY)
-    payload = PrivatePayload(b"", 4096)
+    payload = private()
     rest = Later(lambda payload: files._read_rest(file, 0, 100, 0, payload))
     with tree.handles.budget.lock:
         number = file.rest()
@@ -217,7 +224,7 @@ def test_the_rest_of_a_request_takes_a_holder(tree: Tree) -> None:
     stranger = os.open(__file__, os.O_RDONLY)
     try:
         rest.work(payload)
-        assert bytes(payload._reply) == b"f0"
+        assert payload.take(2) == b"f0"
     finally:
         os.close(stranger)
     guest.end()

@@ -97,7 +97,7 @@ def test_what_is_served_where(start_daemon: StartDaemon, export: Path) -> None:
     assert daemon.stop() == 0
     first, *others = daemon.log.splitlines()
     assert first == (
-        f"ninepd: serving {export} as test at {daemon.socket} (none, reclaim names, read-only)"
+        f"ninepd: serving {export} as test at {daemon.socket} (none, reclaim auto, read-only)"
     )
     (mounted,) = [line for line in others if "mounted" in line]
     assert mounted == "ninepd: test: mounted, version 9P2000.L, msize 16384, user 1000"
