@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 HOT = [
     "ninepd/jobs.py",
     "ninepd/listing.py",
+    "ninepd/mounts.py",
     "ninepd/payload.py",
     "ninepd/pipeline.py",
     "ninepd/syscalls.py",

@@ -82,15 +82,18 @@ def automounter(export: Path) -> Iterator[Automounter]:
     started.close()
 
 
-def test_autofs(automounter: Automounter, client: Client) -> None:
+def test_autofs(automounter: Automounter, client: Client, export: Path) -> None:
     """The walk waits for the mount, and others do not wait for the walk."""
+    (export / "d").mkdir()
+    (export / "d/f").write_text("")
     client.open(ROOT, 1)
     assert b"auto" in {entry.name for entry in client.listing(1)}  # mounts nothing
     head = client.submit(encode(7, Twalk(ROOT, 2, (b"auto", b"inside"))))
     automounter.expect("asked")
     for _ in range(10):
         client.getattr(ROOT)
-    assert client.names(ROOT) == {b"auto"}
+    client.walk(ROOT, 5, b"d")
+    assert client.names(5) == {b"f"}
     automounter.go_on()
     _, reply = decode(client.finish(head))
     assert isinstance(reply, Rwalk)

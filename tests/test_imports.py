@@ -29,7 +29,7 @@ LAYERS: Final = (
     {"vhostuser", "p9", "listing"},
     {"logs"},
     {"foreign"},
-    {"vring", "syscalls", "stats", "config", "capabilities", "process"},
+    {"vring", "syscalls", "stats", "config", "capabilities", "process", "mounts"},
     {"errors", "statelock", "tuples", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

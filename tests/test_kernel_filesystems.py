@@ -37,8 +37,8 @@ def test_one_of_its_files(client: Client, export: Path, mount: Mount) -> None:
 
 
 def test_the_log_says_so_once(start_daemon: StartDaemon, export: Path, mount: Mount) -> None:
-    for name in ("a", "b"):
-        mount(export / name, "-t", "proc", "none")
+    for place in ("a", "b"):
+        mount(export / place, "-t", "proc", "none")
     daemon = start_daemon()
     with Client(daemon.socket) as client:
         client.attach()

@@ -104,7 +104,8 @@ def test_reading_changes_nothing(user: Client, program: Path) -> None:
     [
         (USER, FOREIGN, 0o2775, 0o775),
         (USER, UID, 0o2775, 0o2775),
-        (USER, FOREIGN, 0o2664, 0o2664),  # nothing runs
+        (USER, FOREIGN, 0o2664, 0o664),
+        (USER, 0, 0o2775, 0o775),  # the group of the daemon itself
         (ROOT, FOREIGN, 0o2775, 0o2775),
         (USER, FOREIGN, 0o4755, 0o4755),
     ],

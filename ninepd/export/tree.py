@@ -10,10 +10,10 @@ from ninepd.config import Multidevs, Reclaim
 from ninepd.export.descriptors import Budget, Holder
 from ninepd.export.handles import Handle, HandleTable, Opened, Place, is_same_inode
 from ninepd.export.host import Host
-from ninepd.export.mounts import Mounts
 from ninepd.export.qid import QidMap
 from ninepd.export.volumes import Volumes
 from ninepd.listing import LookUp
+from ninepd.mounts import Mounts
 from ninepd.p9.messages import Qid
 from ninepd.syscalls import Stat
 

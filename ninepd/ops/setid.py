@@ -2,10 +2,10 @@
 
 Who writes to a program that runs as somebody else, or shortens it, must not make it his own; only
 root may (write(2)). The host's kernel sees to that, once the thread has put CAP_FSETID aside
-(CVE-2023-1386). Whether a user is in a file's group, only the guest's kernel knows. So a program
-does not get the setgid bit from anybody but root, unless its group has the number of the user, as
-most users' own have; nor does one that is created in a setgid directory, whose group the guest
-sends as its own (CVE-2022-0358). Directories keep theirs: it gives no rights.
+(CVE-2023-1386). Whether a user is in a file's group, only the guest's kernel knows. So a
+regular file does not get the setgid bit from anybody but root, unless its group has the number of
+the user, as most users' own have; nor does a program that is created in a setgid directory, whose
+group the guest sends as its own (CVE-2022-0358). Directories keep theirs: it gives no rights.
 """
 
 import stat as st
@@ -25,7 +25,7 @@ def act_on_group(host: Host, uid: int, handle: Handle) -> None:
 
 def mode_to_set(host: Host, uid: int, handle: Handle, mode: int) -> int:
     """What is left of the mode that a user gives a file."""
-    if mode & _GROUP_PROGRAM == _GROUP_PROGRAM and _is_foreign(host, uid, handle):
+    if mode & st.S_ISGID and _is_foreign(host, uid, handle):
         return mode & ~st.S_ISGID
     return mode
 
