@@ -31,7 +31,7 @@ BACK_OFF: Final = (0, 0.1, 0.5, 1, 2, 5)
 _LIVED_SECONDS: Final = 10
 """What a process must have lived, so that its end is the first one again."""
 _LEAVE_SECONDS: Final = 1.8
-"""From SIGTERM to SIGKILL: more than requests that are out are given (device.py)."""
+"""From SIGTERM to SIGKILL: more than requests that are out are given (daemon.py)."""
 _KILL_SECONDS: Final = 0.1
 """The kernel may keep a process until its storage answers: who waits for that waits in vain."""
 _SIGNALS: Final = daemon.HANDLED | {signal.SIGCHLD}
