@@ -94,6 +94,19 @@ static void stat_all(void) {
     say("stat-again", done);
 }
 
+/* Names that are not there, as a compiler looks for headers in one folder after the other. */
+static void stat_missing(void) {
+    struct stat stat;
+    uint64_t done = 0;
+    begin();
+    do {
+        if (!lstat(name_of("many/missing", (unsigned)(done % files)), &stat))
+            die("a name that should be missing");
+        done++;
+    } while (done % 16 || !time_is_up());
+    say("stat-missing", done);
+}
+
 static void open_read_all(void) {
     begin();
     for (unsigned i = 0; i < files; i++) {
@@ -192,6 +205,7 @@ static const struct {
     {"pread-4k", pread4k},
     {"pwrite-4k", pwrite4k},
     {"stat", stat_all},
+    {"missing", stat_missing},
     {"open-read-close", open_read_all},
     {"files", make_rename_unlink},
     {"readdir", readdir_all},

@@ -42,8 +42,10 @@ class Side:
     mount: Callable[[Guest], None]
 
 
-def mount_9p(tag: str, cache: str) -> Callable[[Guest], None]:
-    return lambda guest: guest.mount(tag, PLACE, cache=cache, msize=MSIZE)
+def mount_9p(
+    tag: str, cache: str, msize: int = MSIZE, options: str = ""
+) -> Callable[[Guest], None]:
+    return lambda guest: guest.mount(tag, PLACE, cache=cache, msize=msize, options=options)
 
 
 def mount_other(kind: str, source: str, options: str = "") -> Callable[[Guest], None]:
@@ -56,7 +58,12 @@ def mount_other(kind: str, source: str, options: str = "") -> Callable[[Guest], 
 
 
 def take_turns(
-    setting: Setting, guest: Guest, sides: Sequence[Side], turn: int, extra: Sequence[str] = ()
+    setting: Setting,
+    guest: Guest,
+    sides: Sequence[Side],
+    turn: int,
+    extra: Sequence[str] = (),
+    works: Sequence[str] = (*WORKLOADS, UNPACK),
 ) -> list[Sample]:
     """Each side once. The order changes from round to round."""
     plan, samples = setting.plan, []
@@ -66,9 +73,10 @@ def take_turns(
         guest.run(f"test -x {PROGRAM} || cp {PLACE}/guestload {PROGRAM}")
         # Once in small, unmeasured: QEMU translates code when it first comes to it, and git writes
         # its index anew when a file has other numbers than on the side before.
-        guest.run(shlex.join([PROGRAM, PLACE, "5", "16", "1", *WORKLOADS, *extra]), timeout=_LIMIT)
+        small = [work for work in works if work != UNPACK]
+        guest.run(shlex.join([PROGRAM, PLACE, "5", "16", "1", *small, *extra]), timeout=_LIMIT)
         words = [PROGRAM, PLACE, str(plan.guest_ms), str(plan.files), str(plan.guest_mib)]
-        words += [*WORKLOADS, UNPACK, *extra]
+        words += [*works, *extra]
         output = guest.run(shlex.join(words), timeout=_LIMIT).text
         guest.umount(PLACE)
         measured = map(json.loads, output.splitlines())

@@ -7,6 +7,7 @@ from typing import Final
 
 from ninepd_guests.boot import Share, boot_uml
 from ninepd_guests.errors import GuestError
+from ninepd_guests.machine import Guest
 
 from . import guests
 from .figures import (
@@ -61,10 +62,8 @@ def measure(setting: Setting) -> list[Sample]:
         shares = [Share("awake", awake), Share("asleep", asleep), Share("spread", spread)]
         with boot_uml(shares, memory="768M", extra_args=extra) as guest:
             for process in (guest.pid, *servers):
-                _keep_on_one_cpu(process)
-            works = _host_programs(setting)
-            if works:
-                guest.run(f"mkdir -p {_HOST} && mount -t hostfs none {_HOST} -o /")
+                keep_on_one_cpu(process)
+            works = host_programs(setting, guest)
             for turn in range(plan.uml_rounds):
                 trip = bare(PING_PONG, tree, 1, plan.ms)
                 samples.append({"who": "host", "what": PING_PONG, "round": turn, **trip})
@@ -72,7 +71,7 @@ def measure(setting: Setting) -> list[Sample]:
     return samples
 
 
-def _keep_on_one_cpu(pid: int) -> None:
+def keep_on_one_cpu(pid: int) -> None:
     """A system call in user-mode Linux is a switch between two of its processes, and a request one
     between guest and server: across CPUs that takes ten times as long, and varies as much.
     """
@@ -103,11 +102,12 @@ def _virtiofs(
     return devices, sides, servers
 
 
-def _host_programs(setting: Setting) -> list[str]:
+def host_programs(setting: Setting, guest: Guest) -> list[str]:
     """Workloads that run the host's own programs, in a view of the host's root."""
     inside = f"{_HOST}/mnt"
     if not os.path.isdir("/mnt"):
         return []
+    guest.run(f"mkdir -p {_HOST} && mount -t hostfs none {_HOST} -o /")
     works = []
     bind = f"mount --bind {guests.PLACE} {inside} && trap 'umount {inside}' EXIT && chroot {_HOST}"
     if shutil.which("git"):

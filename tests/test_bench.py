@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench import ring, setting
+from bench import mount_options, ring, setting
 from bench.figures import Bar, Samples, Spread, Target, bar_chart, geometric_mean, ratio, spread
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +114,15 @@ def test_a_target_that_was_not_measured_is_not_met() -> None:
 def test_a_chart_is_well_formed() -> None:
     bars = [Bar("<a> & b", "x", Spread(1, 2, 3)), Bar("c", "y", Spread(10_000, 10_000, 10_000))]
     ET.fromstring(bar_chart("t", bars, "1/s"))
+
+
+def test_mount_options_are_compared_within_a_round() -> None:
+    """The second mount did twice as much in each round, the third something else in each."""
+    samples = Samples(
+        {"who": who, "round": turn, "what": "read", "operations": done, "ns": 10**9}
+        for turn in range(3)
+        for who, done in (("a", 7 + turn), ("b", 14 + 2 * turn), ("c", 7 * 10**turn))
+    )
+    table = mount_options.render(samples, ["a", "b", "c"])
+    assert table.splitlines()[0] == "|  | `a` | `b` | `c` |"
+    assert table.splitlines()[2] == "| read | 1 | 2 | 8.8 (4.9 to 43) |"
