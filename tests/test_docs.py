@@ -9,12 +9,14 @@ from pathlib import Path
 import click
 import pytest
 
+from bench.mount_options import TABLES
 from ninepd import __version__
 from ninepd.cli import cli, serve
 
 ROOT = Path(__file__).parent.parent
 MANUAL = (ROOT / "contrib/man/ninepd.1").read_text().replace("\\-", "-")
 README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "bench/README.md", *ROOT.glob("docs/*.md")])
 OPTIONS = {
     option for parameter in serve.params for option in parameter.opts if option.startswith("--")
 }
@@ -58,6 +60,30 @@ def test_commands_in_the_readme_are_accepted(command: str) -> None:
     for line in lines:
         words = {word for word in shlex.split(line) if word.startswith("--")}
         assert words <= known | {"--help"}
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as the usual renderers of Markdown make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_measured_tables_are_those_that_the_bench_prints() -> None:
+    text = (ROOT / "docs/linux-client.md").read_text()
+    for table in TABLES:
+        head = "| " + " | ".join(["", *(f"`{name}`" for name in table.mounts)]) + " |"
+        assert f"{table.title}:\n\n{head}\n" in text
 
 
 def test_the_unit_starts_what_exists() -> None:
