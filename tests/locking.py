@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -71,3 +72,13 @@ def host_holds(path: Path, kind: int, start: int = 0, length: int = 0) -> Iterat
         assert process.stdout.readline() == b"locked\n"
         yield process.pid
         process.stdin.close()
+
+
+@contextlib.contextmanager
+def host_leases(path: Path) -> Iterator[int]:
+    """A descriptor on the host that has a read lease on a file (fcntl(2))."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    with path.open("rb") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        yield file.fileno()
+    signal.signal(signal.SIGIO, before)

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.locking import (
     WRITE,
     getlock,
     host_holds,
+    host_leases,
     host_may,
     lock,
 )
@@ -312,12 +312,8 @@ def host_may_not_write(path: Path) -> bool:
 
 @pytest.fixture
 def lease(path: Path) -> Iterator[int]:
-    """A descriptor of a host process that has a read lease on the file (fcntl(2))."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
-    with path.open("rb") as file:
-        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        yield file.fileno()
-    signal.signal(signal.SIGIO, before)
+    with host_leases(path) as fd:
+        yield fd
 
 
 def end(lease: int) -> None:
