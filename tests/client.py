@@ -140,7 +140,7 @@ class Daemon:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            _, log = self.process.communicate(timeout=10)
+            _, log = self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             _, log = self.process.communicate()
@@ -227,7 +227,7 @@ class Client:
         self.driver.kick()
         return head
 
-    def finish(self, head: int, timeout: float = 10) -> bytes:
+    def finish(self, head: int, timeout: float = 60) -> bytes:
         """The reply bytes of the only request that is out."""
         done = self.driver.wait_used(timeout)
         assert [entry[0] for entry in done] == [head]

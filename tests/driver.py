@@ -259,7 +259,7 @@ class Driver:
         self.kicks += 1
         os.eventfd_write(self.kick_fd, 1)
 
-    def wait_used(self, timeout: float = 5, count: int = 1) -> list[tuple[int, int]]:
+    def wait_used(self, timeout: float = 60, count: int = 1) -> list[tuple[int, int]]:
         """Collect at least count used elements, sleeping on the call descriptor."""
         deadline = time.monotonic() + timeout
         done = self.take_used()

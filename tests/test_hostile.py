@@ -281,7 +281,7 @@ def header_outside_memory(driver: Driver) -> None:
     driver.publish(0)
 
 
-def fired(eventfd: int, timeout: float = 5) -> bool:
+def fired(eventfd: int, timeout: float = 60) -> bool:
     return bool(select.select([eventfd], [], [], timeout)[0])
 
 
@@ -300,6 +300,8 @@ def test_bad_ring_stops_the_device_until_it_is_reset(
         client.driver.force_kick()
         assert fired(err), "the front end was not told"
         os.close(err)
+        # The device may have been slow to signal what was answered before: that is no new call.
+        client.driver.called()
         # Nothing is served until then ...
         head = client.driver.submit([encode(1, Tgetattr(ROOT, 0))], [4096])
         client.driver.force_kick()

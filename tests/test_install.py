@@ -1,23 +1,47 @@
-"""What the README says of installing: by pip alone, in an environment that has nothing else."""
+"""What the README says of installing, in an environment that has nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 from tests.client import ROOT, Client, Daemon
 
 SOURCE: Final = Path(__file__).parent.parent
-IGNORED: Final = (".git", ".venv", ".*_cache", "build", "__pycache__", "*.egg-info", "*.so")
+IGNORED: Final = (".git", ".venv", ".*_cache", "build", "dist", "__pycache__", "*.egg-info", "*.so")
+TOOLS: Final = Path(sys.executable).parent
 
 
-def test_pip_install(tmp_path: Path, export: Path) -> None:
-    source, place = tmp_path / "source", tmp_path / "environment"
-    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns(*IGNORED))
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    pip = f"{place}/bin/pip --disable-pip-version-check install --quiet".split()
-    subprocess.run([*pip, str(source)], check=True, timeout=600)
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkout in which nothing is built."""
+    path = tmp_path / "source"
+    shutil.copytree(SOURCE, path, ignore=shutil.ignore_patterns(*IGNORED))
+    return path
+
+
+def test_wheel(source: Path, tmp_path: Path, export: Path) -> None:
+    """Built for this Python, tagged with the glibc that it needs, installed without a compiler."""
+    subprocess.run(
+        ["contrib/wheels.sh", TOOLS, sys.executable], cwd=source, check=True, timeout=900
+    )
+    (wheel,) = (source / "dist").glob("ninepd-*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{python}-{python}-manylinux" in wheel.name
+    shown = subprocess.check_output([TOOLS / "auditwheel", "show", wheel], text=True)
+    tag = wheel.stem.rpartition("-")[2]
+    assert any(part in shown for part in tag.split(".")), shown
+
+    place = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    bare = {**os.environ, "PATH": str(tmp_path / "no programs"), "CC": "no-compiler"}
+    pip = [place / "bin/pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, "--only-binary=:all:", wheel], check=True, timeout=600, env=bare)
     version = subprocess.check_output([place / "bin/ninepd", "--version"], text=True)
     assert version.startswith("ninepd, version ")
     demo = subprocess.run(
@@ -26,12 +50,16 @@ def test_pip_install(tmp_path: Path, export: Path) -> None:
     assert demo.returncode == 2
     assert "pip install ./guests" in demo.stderr
     assert demo.stderr.count("\n") == 1
+    serves(place / "bin/python", tmp_path, export)
+
+
+def serves(python: Path, folder: Path, export: Path) -> None:
     # Elsewhere, for the interpreter looks into its working directory first.
     daemon = Daemon(
-        socket=str(tmp_path / "socket"),
+        socket=str(folder / "socket"),
         export=str(export),
-        launcher=("env", "--chdir", str(tmp_path)),
-        python=str(place / "bin/python"),
+        launcher=("env", "--chdir", str(folder)),
+        python=str(python),
     )
     try:
         with Client(daemon.socket) as client:
@@ -41,3 +69,33 @@ def test_pip_install(tmp_path: Path, export: Path) -> None:
             assert client.read(1, 0, 100) == b"installed"
     finally:
         assert daemon.stop() == 0
+
+
+SETUP: Final = f"exec {sys.executable} setup.py build_ext --inplace"
+
+
+@pytest.mark.parametrize(
+    ("missing", "script"),
+    [
+        ("no-compiler", f"CC=no-compiler {SETUP}"),
+        ("Python.h", f"mount -t tmpfs none {sysconfig.get_path('include')}; {SETUP}"),
+    ],
+    ids=["compiler", "headers"],
+)
+def test_what_a_build_lacks_is_one_sentence(source: Path, missing: str, script: str) -> None:
+    """And it is said before anything is compiled."""
+    if os.geteuid():
+        pytest.skip("hiding the headers needs root")
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        cwd=source,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert missing in result.stderr
+    assert "apt-get install gcc libc6-dev python3-dev" in result.stderr
+    assert not (source / "build").exists()
