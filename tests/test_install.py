@@ -40,8 +40,8 @@ def test_wheel(source: Path, tmp_path: Path, export: Path) -> None:
     place = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     bare = {**os.environ, "PATH": str(tmp_path / "no programs"), "CC": "no-compiler"}
-    pip = [place / "bin/pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*pip, "--only-binary=:all:", wheel], check=True, timeout=600, env=bare)
+    pip = [str(place / "bin/pip"), "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, "--only-binary=:all:", str(wheel)], check=True, timeout=600, env=bare)
     version = subprocess.check_output([place / "bin/ninepd", "--version"], text=True)
     assert version.startswith("ninepd, version ")
     demo = subprocess.run(

@@ -35,7 +35,7 @@ def tree(export: Path) -> Iterator[Tree]:
 @pytest.fixture
 def fids(tree: Tree) -> Iterator[list[Fid]]:
     """Two on each file."""
-    fids = [Fid(tree.existing(tree.root, name)[0], 0) for name in FILES for _ in range(2)]
+    fids = [Fid(tree.existing(tree.root, name, [])[0], 0) for name in FILES for _ in range(2)]
     yield fids
     for fid in fids:
         tree.handles.release(fid.handle)
@@ -81,7 +81,7 @@ def test_two_requests_on_one_inode_at_once(tree: Tree, fids: list[Fid], export: 
     owner = Owner(1, b"guest")
     leased = export / "leased"
     leased.touch()
-    slow = Fid(tree.existing(tree.root, b"leased")[0], 0)
+    slow = Fid(tree.existing(tree.root, b"leased", [])[0], 0)
     opened = tree.open(slow.handle, os.O_RDONLY)
     with host_leases(leased) as lease:
         waits = threading.Thread(
