@@ -10,7 +10,7 @@ A request that is known to wait leaves the thread at ``_hand_over`` and comes ba
 ``_complete`` (jobs.py). One that turns out to wait keeps the thread, and loses the ring: the
 watcher makes a job of it, and another thread goes on with the batch.
 
-    _claim        holds the slot of the request that is being served. Whoever pops it decides what
+    Turn.claim    holds the slot of the request that is being served. Whoever pops it decides what
                   becomes of the request: the serving thread, when it has come back with the reply,
                   or the watcher, when it has not. Popping from a list is atomic, and costs nothing.
 
@@ -80,9 +80,12 @@ _PAGE: Final = 4096
 class Turn:
     """One thread's turn at the ring. If the turn was taken from it, ``job`` is its request."""
 
-    __slots__ = ("job",)
+    __slots__ = ("claim", "job")
 
     def __init__(self) -> None:
+        self.claim: list[int] = []
+        """The slot of the request that it serves. Its own: whoever comes back late must not take
+        that of the thread that serves the ring by then."""
         self.job: Job | None = None
 
 
@@ -134,8 +137,7 @@ class Pipeline:
         self._deadline = 0.0
         """Until when a pause waits for requests that are out."""
         self._watched = False
-        # The request that is being served; see _claim.
-        self._claim: list[int] = []
+        # The request that is being served; see Turn.claim.
         self._begun: i64 = 0
         self._tag = 0
         self._message: Any = None
@@ -281,7 +283,7 @@ class Pipeline:
             return
         with self._lock:
             try:
-                head = self._claim.pop()
+                head = self._turn.claim.pop()
             except IndexError:  # it has just come back, or is not in a request
                 return
             message, payload = self._message, self._payload(head)
@@ -395,13 +397,13 @@ class Pipeline:
             return True
         self._tag, self._message, self._fids = tag, message, fids
         self._begun += 1
-        self._claim.append(head)
+        turn.claim.append(head)
         try:
             reply = row.serve(guest, message, payload, fids)
         except Exception as error:
             reply = self._error(tag, error)
         try:
-            self._claim.pop()
+            turn.claim.pop()
         except IndexError:
             self._be_late(turn, reply)
             return False
