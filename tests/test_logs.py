@@ -122,7 +122,7 @@ def test_passthrough_with_privileges(start_daemon: StartDaemon, as_root: None) -
 
 
 def test_running_out_of_descriptors_is_said_once(start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(launcher=["prlimit", "--nofile=256:256"])
+    daemon = start_daemon("--reclaim", "names", launcher=["prlimit", "--nofile=256:256"])
     with Client(daemon.socket) as client:
         client.attach()
         fid = 1
