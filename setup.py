@@ -15,6 +15,8 @@ from glob import glob
 from setuptools import Extension, setup
 
 HOT = [
+    "ninepd/answers.py",
+    "ninepd/framing.py",
     "ninepd/jobs.py",
     "ninepd/listing.py",
     "ninepd/mounts.py",

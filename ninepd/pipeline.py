@@ -3,7 +3,7 @@
     wait (C)      a batch of requests: chains checked, headers copied out of guest memory
     _request      header -> message; anything wrong with it -> the errno that the guest is told
     row.serve     ops/: the system calls; data moves between file and guest pages in C
-    _finish       reply -> bytes in the slot's reply buffer
+    finish        reply -> bytes in the slot's reply buffer (answers.py)
     push (C)      replies scattered, used entries published, at most one notification
 
 A request that is known to wait leaves the thread at ``_hand_over`` and comes back through
@@ -25,53 +25,51 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 from mypy_extensions import i64
 
+from ninepd.answers import Answers
 from ninepd.errors import ProtocolError, RingBroken, to_errno
 from ninepd.export.handles import Handle
+from ninepd.framing import is_sound, refusal
 from ninepd.jobs import Job, Jobs
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Service
-from ninepd.ops.replies import Encoded, Later, Payload, Reply
+from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.ops.table import ROWS, Row
-from ninepd.p9.codecs import FixedCodec
 from ninepd.p9.messages import (
-    CODEC_OF,
-    CODECS,
     HEADER_SIZE,
     IO_HEADER,
     NUMBERS,
     RLERROR_SIZE,
-    WITH_DATA,
     WRITE_HEADER,
-    Rerror,
-    RerrorPlain,
     Rflush,
     Tattach,
+    Tclunk,
     Tflush,
     Tgetlock,
     Tlock,
     Tread,
     Treaddir,
+    Tremove,
     Tversion,
     Twrite,
 )
 from ninepd.payload import Buffers, ChainPayload, PrivatePayload
-from ninepd.vring import DONE, REQUEST, DirtyLog, GuestMemory, Vring, Watch
+from ninepd.vring import REQUEST, DirtyLog, GuestMemory, Vring, Watch
 from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
 trace = logging.getLogger("ninepd.trace")
 
-ERRORS: Final = frozenset({Rerror, RerrorPlain})
-"""Errors in words, which are cut to what room there is. An Rlerror always fits."""
-_pack_done: Final = DONE.pack_into
-_DONE_SIZE: Final = int(DONE.size)
 _MOVES_DATA: Final = frozenset({Tread, Treaddir, Twrite})
 """Messages whose handlers may touch guest memory."""
 _LOCKS: Final = frozenset({Tlock, Tgetlock})
+_CLUNKS: Final = frozenset({Tclunk, Tremove})
+_NO_SLOT: Final = -1
+"""A claim on no request: room is made for the next one."""
 _SEGMENTS: Final = 1024
 """Descriptors in one indirect table, or in a chain of a ring that is larger."""
 _PAGE: Final = 4096
@@ -116,8 +114,7 @@ class Pipeline:
         self._poll_us = poll_us
         self._name = name
         self._header_stride = vring.header_stride
-        self._reply_stride = vring.reply_stride
-        self._replies = vring.replies
+        self._answers = Answers(vring, name)
         self._payloads: list[ChainPayload | None] = [None] * num
         self._buffers = Buffers()
         segments = max(num, _SEGMENTS) if indirect else num
@@ -132,7 +129,6 @@ class Pipeline:
         self._follow_session()
         self._batch: Iterator[tuple[int, ...]] = iter(())
         """What is left of it: the next to serve the ring goes on with that."""
-        self._done = 0
         self._stopping = False
         self._deadline = 0.0
         """Until when a pause waits for requests that are out."""
@@ -142,6 +138,8 @@ class Pipeline:
         self._tag = 0
         self._message: Any = None
         self._fids: list[Fid] = []
+        self._entry: tuple[int, ...] = ()
+        """As it came from the batch, while there is made room for it."""
         self._turn = Turn()
         self._lock = threading.Lock()
         """Guards what follows, and a change of turn. No system call on the export under it."""
@@ -223,7 +221,7 @@ class Pipeline:
                 if self._jobs.by_tag:
                     for job in self._jobs.completed():
                         self._complete(job)
-                self._publish()
+                self._answers.publish()
                 if self._stopping:
                     break
                 count = self._vring.wait(self._poll_us)
@@ -257,7 +255,7 @@ class Pipeline:
                 break
             for job in self._jobs.completed(left):
                 self._complete(job)
-            self._publish()
+            self._answers.publish()
 
     def _tell_rest(self) -> None:
         """Tell, once, when the last one leaves; on whichever thread that is."""
@@ -286,17 +284,37 @@ class Pipeline:
                 head = self._turn.claim.pop()
             except IndexError:  # it has just come back, or is not in a request
                 return
-            message, payload = self._message, self._payload(head)
-            payload.uses = 1
-            job = self._job(head, self._tag, message, self._fids, payload, None)
-            job.moves_data = type(message) in _MOVES_DATA
-            self._touching += job.moves_data
-            self._jobs.adopt(job)
-            self._turn.job = job
+            if head == _NO_SLOT:
+                self._batch = chain((self._entry,), self._batch)
+            else:
+                self._make_job(head)
             self._turn = turn = Turn()
-        self._publish()
+        self._budget.take_over()
+        self._answers.publish()
         self._workers.start(partial(self._serve, turn))
+
+    def _make_job(self, head: int) -> None:
+        """Of the request that the serving thread is in."""
+        message, payload = self._message, self._payload(head)
+        payload.uses = 1
+        job = self._job(head, self._tag, message, self._fids, payload, None)
+        job.moves_data = type(message) in _MOVES_DATA
+        self._touching += job.moves_data
+        self._jobs.adopt(job)
+        self._turn.job = job
         log.debug("%s: tag %d takes long: %s", self._name, job.tag, message)
+
+    def _make_room(self, turn: Turn, entry: tuple[int, ...]) -> bool:
+        """Before a request is served; False if another thread has the ring, and the request."""
+        self._entry = entry
+        self._begun += 1
+        turn.claim.append(_NO_SLOT)
+        self._budget.make_room()
+        try:
+            turn.claim.pop()
+        except IndexError:
+            return False
+        return True
 
     def _be_late(self, turn: Turn, reply: Reply) -> None:
         """Back from a request, but somebody else serves the ring now: the request is a job."""
@@ -320,16 +338,6 @@ class Pipeline:
                 self._touching -= 1
             self._tell_rest()
 
-    def _publish(self) -> None:
-        if self._done:
-            self._vring.push(self._done)
-            self._done = 0
-
-    def _push(self, head: int, number: int, copy: int, used: int) -> None:
-        """A reply is ready: C writes its header, and copies ``copy`` of its ``used`` bytes."""
-        _pack_done(self._vring.done, self._done * _DONE_SIZE, head, number, copy, used)
-        self._done += 1
-
     # Serving
 
     def _payload(self, head: int) -> ChainPayload:
@@ -341,6 +349,7 @@ class Pipeline:
     def _follow_session(self) -> None:
         """Look up what each request needs to know of the session, which may be a new one."""
         self._guest = guest = self._service.guest
+        self._answers.session = guest.session
         self._msize = guest.session.msize
         self._rows = ROWS[guest.session.dialect]
 
@@ -359,7 +368,7 @@ class Pipeline:
         """Serve one request; False if the ring was lost over it."""
         if copied < HEADER_SIZE or writable < RLERROR_SIZE:
             log.info("%s: request dropped: no header, or no room for a reply", self._name)
-            self._push(head, 0, 0, 0)
+            self._answers.drop(head)
             return True
         guest = self._guest
         jobs = self._jobs
@@ -370,11 +379,17 @@ class Pipeline:
         payload.available = readable - WRITE_HEADER
         payload.uses = 0
         if self._budget.crowded:
-            self._budget.make_room()
+            entry = (head, readable, writable, copied, fault, size, number, tag)
+            if not self._make_room(turn, entry):
+                return False
         try:
             row = self._rows.get(number)
-            if row is None or fault or not self._is_sound(row, readable, writable, copied, size):
-                raise self._refusal(row, readable, writable, fault, size, number)
+            if (
+                row is None
+                or fault
+                or not is_sound(row, self._msize, readable, writable, copied, size)
+            ):
+                raise refusal(row, self._msize, readable, writable, fault, size, number)
             start = head * self._header_stride
             end = start + (size if size < copied else copied)
             message = row.codec.decode(self._vring.headers, start + HEADER_SIZE, end)
@@ -393,7 +408,7 @@ class Pipeline:
                 self._hand_over(head, tag, message, fids, work)
                 return True
         except Exception as error:
-            self._finish(head, tag, self._error(tag, error))
+            self._answer(head, tag, self._error(tag, error))
             return True
         self._tag, self._message, self._fids = tag, message, fids
         self._begun += 1
@@ -412,8 +427,11 @@ class Pipeline:
         if isinstance(reply, Later):
             self._hand_over(head, tag, message, fids, reply.work)
         else:
-            self._finish(head, tag, reply)
+            self._answers.finish(head, tag, reply, payload.room + IO_HEADER)
         return True
+
+    def _answer(self, head: int, tag: int, reply: Reply) -> None:
+        self._answers.finish(head, tag, reply, self._payload(head).room + IO_HEADER)
 
     def _error(self, tag: int, error: Exception) -> Reply:
         """What the guest is told of an error; one that is no OSError is a bug of ours."""
@@ -423,32 +441,6 @@ class Pipeline:
             return self._guest.session.error(to_errno(error))
         log.error("%s: a bug made a request fail", self._name, exc_info=error)
         return self._guest.session.error(errno.EIO)
-
-    def _is_sound(self, row: Row, readable: int, writable: int, copied: int, size: int) -> bool:
-        """May a request be decoded? If not, ``_refusal`` says why."""
-        return (
-            HEADER_SIZE <= size <= readable
-            and (size <= self._msize or (not self._msize and row.message is Tversion))
-            and writable >= row.reply_size
-            and (copied >= size or row.header_limit != 0)
-        )
-
-    def _refusal(
-        self, row: Row | None, readable: int, writable: int, fault: int, size: int, number: int
-    ) -> ProtocolError:
-        if fault:
-            return ProtocolError("a buffer lies outside guest memory", fault)
-        if not HEADER_SIZE <= size <= readable:
-            return ProtocolError(f"the size field says {size}, {readable} bytes came")
-        if self._msize and size > self._msize:
-            return ProtocolError(f"{size} bytes are more than msize", errno.EMSGSIZE)
-        if row is None:
-            return ProtocolError(f"message type {number} is not served", errno.EOPNOTSUPP)
-        if writable < row.reply_size:
-            return ProtocolError("the reply does not fit", errno.EMSGSIZE)
-        if not self._msize and row.message is not Tversion:
-            return ProtocolError("no Tversion came before")
-        return ProtocolError("the message is too long", errno.ENAMETOOLONG)
 
     def _must_leave(self, row: Row, message: Any, fids: list[Fid]) -> bool:
         """Is it on storage that may hang, or does it have to wait for others that are?"""
@@ -468,7 +460,7 @@ class Pipeline:
         try:
             private = self._private(self._payload(head), message)
         except OSError as error:
-            self._finish(head, tag, self._error(tag, error))
+            self._answer(head, tag, self._error(tag, error))
             return
         self._jobs.add(self._job(head, tag, message, fids, private, work))
 
@@ -506,7 +498,7 @@ class Pipeline:
         if isinstance(message, Tflush):
             job = self._jobs.find(message.oldtag)
             if job is None:
-                self._finish(head, tag, Rflush())
+                self._answer(head, tag, Rflush())
             else:
                 self._jobs.follow(job, head, tag)
             return
@@ -544,76 +536,21 @@ class Pipeline:
             try:
                 job.payload.deliver(self._payload(job.head))
             except OSError as error:
-                self._no_reply(job.head, error)
+                self._answers.cannot(job.head, error)
             else:
-                self._finish(job.head, job.tag, job.reply)
+                self._answer(job.head, job.tag, job.reply)
             job.payload.close()
         else:
-            self._finish(job.head, job.tag, job.reply)
+            self._answer(job.head, job.tag, job.reply)
         for head, tag in job.flushes:
-            self._finish(head, tag, Rflush())
-
-    def _finish(self, head: int, tag: int, reply: Reply) -> None:
-        """Encode a reply into the slot; one that does not fit becomes an error."""
-        if self._tracing:
-            trace.debug("%s: tag %d %s", self._name, tag, self._readable(head, reply))
-        if isinstance(reply, Encoded):
-            # Its space was checked beforehand, like that of all replies of a fixed size.
-            size = HEADER_SIZE + reply.size
-            self._push(head, reply.number, size, size)
-            return
-        kind = type(reply)
-        codec = CODEC_OF[kind]
-        body_at = head * self._reply_stride + HEADER_SIZE
-        if isinstance(codec, FixedCodec):
-            size = HEADER_SIZE + codec.size
-            codec.place(self._replies, body_at, reply)
-            self._push(head, codec.number, size, size + reply.nbytes if kind in WITH_DATA else size)
-            return
-        body = codec.encode(reply)
-        size = HEADER_SIZE + len(body)
-        room = self._payload(head).room + IO_HEADER
-        if size > room:
-            self._finish_too_long(head, tag, reply, size - room)
-        elif size <= self._reply_stride:
-            self._replies[body_at : body_at + len(body)] = body
-            self._push(head, codec.number, size, size)
-        else:
-            self._finish_long(head, codec.number, body)
-
-    def _finish_long(self, head: int, number: int, body: bytes) -> None:
-        """The body of a reply that is longer than its buffer goes straight to the guest."""
-        try:
-            self._vring.scatter(head, HEADER_SIZE, body)
-        except OSError as error:
-            self._no_reply(head, error)
-        else:
-            self._push(head, number, HEADER_SIZE, HEADER_SIZE + len(body))
-
-    def _no_reply(self, head: int, error: OSError) -> None:
-        """The guest's memory went away, and with it the place for a reply."""
-        log.info("%s: a reply cannot be delivered: %s", self._name, error)
-        self._push(head, 0, 0, 0)
-
-    def _readable(self, head: int, reply: Reply) -> Reply:
-        """For the trace: what C has encoded is decoded again."""
-        if not isinstance(reply, Encoded):
-            return reply
-        start = head * self._reply_stride + HEADER_SIZE
-        return CODECS[reply.number].decode(self._replies, start, start + reply.size)
-
-    def _finish_too_long(self, head: int, tag: int, reply: Reply, excess: int) -> None:
-        if type(reply) not in ERRORS:
-            self._finish(head, tag, self._service.guest.session.error(errno.EMSGSIZE))
-        elif reply.ename:
-            self._finish(head, tag, reply._replace(ename=reply.ename[:-excess]))
-        else:
-            self._push(head, 0, 0, 0)
+            self._answer(head, tag, Rflush())
 
 
 def _locks(message: Any, fids: list[Fid]) -> Handle | None:
     """The inode whose locks it works on, which it must have to itself (ops/locks.py)."""
-    return fids[0].handle if type(message) in _LOCKS else None
+    kind = type(message)
+    locks = kind in _LOCKS or (kind in _CLUNKS and fids[0].locks)
+    return fids[0].handle if locks else None
 
 
 def _first(before: Callable[[], None], reply: Reply) -> Reply:

@@ -22,7 +22,7 @@ LAYERS: Final = (
     {"connection", "listener", "systemd"},
     {"control", "device", "frontend"},
     {"pipeline"},
-    {"jobs"},
+    {"answers", "framing", "jobs"},
     {"payload", "workers"},
     {"ops"},
     {"export"},
