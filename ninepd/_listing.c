@@ -26,6 +26,8 @@ enum { ND_COOKIE_LIMIT = 1 << 30, ND_COOKIES_MAX = 1 << 20 };
 
 nd_cookies *nd_cookies_new(void);
 void nd_cookies_free(nd_cookies *cookies);
+uint32_t nd_cookies_dump(nd_cookies *cookies, uint64_t *positions, uint32_t room, uint32_t *base);
+int nd_cookies_load(nd_cookies *cookies, const uint64_t *positions, uint32_t count, uint32_t base);
 int nd_position(nd_cookies *cookies, uint64_t cookie, uint64_t *position);
 int nd_shorten(nd_cookies *cookies, uint8_t *entries, uint32_t size);
 int64_t nd_readdir(int fd, uint64_t offset, int at_root, int look_up, const char *covered,
@@ -120,6 +122,27 @@ static int cookie_of(nd_cookies *cookies, uint64_t position, uint64_t *cookie) {
     }
     *cookie = ND_COOKIE_LIMIT + (uint64_t)(cookies->base + *slot - 1) % ND_COOKIE_LIMIT;
     return 0;
+}
+
+/* The number of the first position, and at most `room` of them; returns how many there are. */
+uint32_t nd_cookies_dump(nd_cookies *cookies, uint64_t *positions, uint32_t room, uint32_t *base) {
+    pthread_mutex_lock(&cookies->lock);
+    uint32_t count = cookies->count;
+    *base = cookies->base;
+    if (room && count)
+        memcpy(positions, cookies->positions, (room < count ? room : count) * sizeof *positions);
+    pthread_mutex_unlock(&cookies->lock);
+    return count;
+}
+
+/* Give positions their numbers again; only to fresh cookies. */
+int nd_cookies_load(nd_cookies *cookies, const uint64_t *positions, uint32_t count, uint32_t base) {
+    uint64_t cookie;
+    int error = 0;
+    cookies->base = base;
+    for (uint32_t i = 0; i < count && !error; i++)
+        error = cookie_of(cookies, positions[i], &cookie);
+    return error;
 }
 
 /* What the file system calls the position; -EINVAL if the cookie is not known (any more). */

@@ -21,6 +21,8 @@ class LookUp(IntEnum):
 class _Lib(Protocol):
     def nd_cookies_new(self) -> Any: ...
     def nd_cookies_free(self, cookies: Any) -> None: ...
+    def nd_cookies_dump(self, cookies: Any, positions: Any, room: int, base: Any) -> int: ...
+    def nd_cookies_load(self, cookies: Any, positions: Any, count: int, base: int) -> int: ...
     def nd_position(self, cookies: Any, cookie: int, position: Any) -> int: ...
     def nd_shorten(self, cookies: Any, entries: Any, size: int) -> int: ...
     def nd_readdir(
@@ -67,6 +69,19 @@ class Cookies:
         if not table:
             raise MemoryError
         self.table = _ffi.gc(table, _lib.nd_cookies_free)
+
+    def dump(self) -> tuple[int, list[int]]:
+        """The number of the first position that has one, and all those positions."""
+        base = _new("uint32_t *")
+        room = _lib.nd_cookies_dump(self.table, _ffi.NULL, 0, base)
+        positions = _new("uint64_t[]", room)
+        count = _lib.nd_cookies_dump(self.table, positions, room, base)
+        return base[0], list(positions[0 : min(room, count)])
+
+    def load(self, base: int, positions: list[int]) -> None:
+        """Become what was dumped; only when fresh."""
+        given = _new("uint64_t[]", positions)
+        checked(_lib.nd_cookies_load(self.table, given, len(positions), base))
 
     def position(self, cookie: int) -> int:
         """What the file system calls the position; EINVAL for a number that is not known."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ninepd.export.handles import Opened
 from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
 from ninepd.ops.fid import Fid
@@ -41,25 +42,27 @@ def fids(tree: Tree) -> Iterator[list[Fid]]:
         tree.handles.release(fid.handle)
 
 
-def test_listed_and_loaded(tree: Tree, fids: list[Fid]) -> None:
+def test_dumped_and_loaded(tree: Tree, fids: list[Fid]) -> None:
     chance = random.Random(9)
     table = LockTable(tree)
     for _ in range(300):
         kind = chance.choice(list(LockType))
         owner = Owner(chance.randrange(4), b"guest")
         table.lock(chance.choice(fids), kind, chance.randrange(100), chance.randrange(1, 30), owner)
-    listed = table.ranges()
-    assert {held.fid for held in listed} == set(fids)
+    held = table.dump()
+    assert {one.fid for _, ranges in held for one in ranges} == set(fids)
     counts = [fid.locks for fid in fids]
-    table.end()
-    assert table.ranges() == []
     for fid in fids:
         fid.locks = 0
     again = LockTable(tree)
-    for start, end, kind, owner, fid in listed:
-        assert again.lock(fid, kind, start, end - start, owner)
-    assert sorted(again.ranges(), key=str) == sorted(listed, key=str)
+    for file, ranges in held:
+        again.load(Opened(file.handle, os.dup(file.fd), file.flags, tree.reopen), ranges)
+    assert [sorted(ranges, key=str) for _, ranges in again.dump()] == [
+        sorted(ranges, key=str) for _, ranges in held
+    ]
     assert [fid.locks for fid in fids] == counts
+    table.end()
+    assert table.dump() == []
     again.end()
 
 

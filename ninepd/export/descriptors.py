@@ -169,6 +169,13 @@ class Budget:
     def used(self) -> int:
         return len(self._open)
 
+    def enter(self, holder: Holder) -> None:
+        """A new holder, which may have been put aside already. Under the lock."""
+        if holder.is_open:
+            self.add(holder)
+        else:
+            self.resting += 1
+
     def add(self, holder: Holder) -> None:
         """Under the lock, like ``remove``."""
         holder.at = len(self._open)

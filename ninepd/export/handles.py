@@ -151,7 +151,7 @@ class Opened(Holder):
             if handle.opened:
                 self.cookies = handle.opened[0].cookies
             handle.opened = (*handle.opened, self)
-            budget.add(self)
+            budget.enter(self)
 
     @property
     def budget(self) -> Budget:
@@ -282,6 +282,21 @@ class HandleTable:
             directory.refs += 1
             handle.put_in(directory, name)
         self.budget.add(handle)
+        return handle
+
+    def revive(self, fd: int, stat: Stat, token: bytes, known: bool, survey: Survey) -> Handle:
+        """A handle that another process had; ``fd`` is negative if it was put aside.
+
+        ``known``: it is the one that is meant when a look-up finds its inode number. ``survey`` is
+        what is known of its volume.
+        """
+        with self._lock:
+            volume = self.volumes.find(stat) or self.volumes.admit(stat, survey)
+            handle = Handle(fd, stat, volume, self)
+            handle.token = token
+            if known:
+                volume.handles[stat.ino] = handle
+            self.budget.enter(handle)
         return handle
 
     def share(self, handle: Handle) -> Handle:

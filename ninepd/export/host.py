@@ -63,6 +63,13 @@ class Host:
         """Statistics of the file system that ``fd`` lies on."""
 
     @abstractmethod
+    def mount_type(self, mnt_id: int) -> str | None:
+        """The name of the file system of a mount, without a subtype, if the mount is listed.
+
+        Unlike statfs(2) this does not ask the file system itself, which may hang.
+        """
+
+    @abstractmethod
     def readlink(self, fd: int) -> bytes:
         """The target of the symbolic link that a descriptor holds."""
 

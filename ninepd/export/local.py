@@ -71,6 +71,14 @@ class LocalHost(Host):
     def statfs(self, fd: int) -> Statfs:
         return syscalls.fstatfs(fd)
 
+    def mount_type(self, mnt_id: int) -> str | None:
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            for line in mounts:
+                words = line.split()
+                if int(words[0]) == mnt_id:
+                    return words[words.index(b"-") + 1].decode().split(".")[0]
+        return None
+
     def readlink(self, fd: int) -> bytes:
         return os.readlink(b"", dir_fd=fd)
 

@@ -56,6 +56,17 @@ class QidMap:
         self._used.add(index)
         self.devices.append(dev, index << INODE_BITS)
 
+    def dump(self) -> dict[int, int]:
+        """The index of each device."""
+        return dict(self._index)
+
+    def load(self, indices: dict[int, int]) -> None:
+        """Number devices as they were numbered elsewhere; before any other is seen."""
+        with self._lock:
+            for dev, index in indices.items():
+                if dev not in self._index:
+                    self._add_device(dev, index)
+
     def path(self, stat: Stat) -> int:
         """qid.path of a file, a new device being given its index on the way."""
         index = self._index.get(stat.dev)

@@ -48,6 +48,9 @@ class ReadonlyHost(Host):
     def statfs(self, fd: int) -> Statfs:
         return self._host.statfs(fd)
 
+    def mount_type(self, mnt_id: int) -> str | None:
+        return self._host.mount_type(mnt_id)
+
     def readlink(self, fd: int) -> bytes:
         return self._host.readlink(fd)
 

@@ -79,23 +79,13 @@ class Storage(Enum):
 
 
 def _type_of(host: Host, fd: int, mnt_id: int) -> str:
-    return _listed_type(mnt_id) or _NAMES.get(host.statfs(fd).type, "")
+    return host.mount_type(mnt_id) or _NAMES.get(host.statfs(fd).type, "")
 
 
 def _storage_of(kind: str) -> Storage:
     if kind in _MEMORY_TYPES:
         return Storage.MEMORY
     return Storage.REMOTE if kind in _REMOTE_TYPES else Storage.LOCAL
-
-
-def _listed_type(mnt_id: int) -> str | None:
-    """By the mount's entry, because statfs(2) asks the file system itself, which may hang."""
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        for line in mounts:
-            words = line.split()
-            if int(words[0]) == mnt_id:
-                return words[words.index(b"-") + 1].decode().split(".")[0]
-    return None
 
 
 class Mount:
@@ -115,12 +105,13 @@ class Volume(Generic[H]):
     The mount belongs to it, because a device may be mounted twice, once of it read-only.
     """
 
-    __slots__ = ("automounts", "dev", "handles", "in_memory", "look_up", "mount", "remote")
+    __slots__ = ("automounts", "dev", "handles", "in_memory", "kind", "look_up", "mount", "remote")
 
     def __init__(self, mount: Mount, dev: int, kind: str) -> None:
         """``kind`` is its file system type."""
         storage = _storage_of(kind)
         self.mount = mount
+        self.kind = kind
         self.look_up = _LOOK_UPS.get(kind, LookUp.ALL)
         """What a listing has to look up besides mount points."""
         self.automounts = kind == "autofs"

@@ -178,11 +178,22 @@ class LockTable:
             except OSError as error:  # of a late write
                 log.warning("closing a file: %s", error)
 
-    def ranges(self) -> list[Range]:
-        """All that is locked. Locking each again in a fresh table makes the same of it."""
+    def dump(self) -> list[tuple[Opened, list[Range]]]:
+        """What is locked on each file, and the descriptor that holds it on the host."""
         with self._lock:
             inodes = list(self._inodes.values())
-        return [held for inode in inodes for held in inode.ranges.all()]
+        return [(inode.file, inode.ranges.all()) for inode in inodes if inode.file is not None]
+
+    def load(self, file: Opened, ranges: list[Range]) -> None:
+        """Take over a descriptor that holds these on the host."""
+        file.pins = 1
+        inode = _Inode(self._tree.handles.share(file.handle), self._tree.host)
+        inode.file = file
+        inode.requests = 1
+        inode.ranges.change([], ranges, 0, TO_END)
+        with self._lock:
+            self._inodes[file.handle] = inode
+            self._count += len(ranges)
 
     # One request on one inode
 

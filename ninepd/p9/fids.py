@@ -31,6 +31,11 @@ class FidTable(Generic[F]):
             return self._low[number]
         return self._high.get(number)
 
+    def items(self) -> list[tuple[int, F]]:
+        """All fids by their numbers, in order."""
+        low = [(number, fid) for number, fid in enumerate(self._low) if fid is not None]
+        return low + sorted(self._high.items(), key=lambda item: item[0])
+
     def add(self, number: int, fid: F) -> None:
         """Give a number that is free."""
         low = self._low
