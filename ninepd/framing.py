@@ -10,8 +10,8 @@ from ninepd.p9.messages import HEADER_SIZE, Tversion
 def is_sound(row: Row, msize: int, readable: int, writable: int, copied: int, size: int) -> bool:
     """May a request be decoded? If not, ``refusal`` says why. ``msize`` is 0 before a Tversion.
 
-    Its chain has ``readable`` and ``writable`` bytes, of which ``copied`` are in the header; ``size``
-    is what the message says of itself.
+    Its chain has ``readable`` and ``writable`` bytes, ``copied`` of which are in the header; what
+    the message says of itself is ``size``.
     """
     return (
         HEADER_SIZE <= size <= readable

@@ -157,12 +157,6 @@ class Troubled(mfusepy.Operations):  # type: ignore[misc]
         self._node("setxattr", path).xattrs[name] = value
         return 0
 
-    def lock(self, path: str, _fh: int, command: int, lock: Any) -> int:
-        self._meet("lock", path)
-        if command == fcntl.F_GETLK:
-            lock.contents.l_type = fcntl.F_UNLCK
-        return 0
-
     def open(self, path: str, _flags: int) -> int:
         self._node("open", path)
         return 0
@@ -232,9 +226,20 @@ class Troubled(mfusepy.Operations):  # type: ignore[misc]
         return {"f_bsize": 4096, "f_frsize": 4096, "f_blocks": 12345, "f_namemax": 255}
 
 
+class WithLocks(Troubled):
+    """The kernel asks it about locks, instead of keeping them itself; it grants them all."""
+
+    def lock(self, path: str, _fh: int, command: int, lock: Any) -> int:
+        self._meet("lock", path)
+        if command == fcntl.F_GETLK:
+            lock.contents.l_type = fcntl.F_UNLCK
+        return 0
+
+
 def main() -> None:
-    target, tree = sys.argv[1:]
-    operations = Troubled(json.loads(Path(tree).read_text()))
+    target, tree, *options = sys.argv[1:]
+    kind = WithLocks if "locks" in options else Troubled
+    operations = kind(json.loads(Path(tree).read_text()))
     threading.Thread(target=operations.listen, daemon=True).start()
     mfusepy.FUSE(
         operations,

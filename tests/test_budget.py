@@ -4,12 +4,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ninepd.config import Reclaim
-from ninepd.export.descriptors import GLANCES, SLICE, Budget, Holder
+from ninepd.export.descriptors import GLANCES, SLICE, Holder
 from ninepd.export.local import UnmappedHost
 from ninepd.export.tree import Tree
 from ninepd.jobs import Job, Jobs
@@ -20,9 +20,17 @@ from ninepd.p9.messages import Rread, Tread
 from ninepd.payload import Buffers, PrivatePayload
 from ninepd.statelock import DESCRIPTORS, GUEST, CheckedLock, assert_unlocked
 from ninepd.workers import Workers
+from tests.interpreted import interpreted
+
+if TYPE_CHECKING:
+    from ninepd.export.descriptors import Budget
+    from ninepd.export.descriptors import Holder as Base
+else:  # nothing can be derived from what is compiled
+    descriptors = interpreted("ninepd.export.descriptors")
+    Base, Budget = descriptors.Holder, descriptors.Budget
 
 
-class Counted(Holder):
+class Counted(Base):
     """Counts how often the host would be asked."""
 
     def __init__(self, budget: Budget, number: int, may_rest: Callable[[], bool]) -> None:
@@ -149,19 +157,6 @@ def private() -> PrivatePayload:
     return PrivatePayload(4096, Buffers())
 
 
-class Paused(PrivatePayload):
-    """Waits between the moment when a descriptor is chosen and that when it is read."""
-
-    def __init__(self) -> None:
-        super().__init__(4096, Buffers())
-        self.chosen, self.go = threading.Event(), threading.Event()
-
-    def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
-        self.chosen.set()
-        assert self.go.wait(10)
-        return super().read(fd, skip, count, offset, flags)
-
-
 @pytest.mark.usefixtures("as_root")
 def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> None:
     """It was held when the fid was no open file yet; its descriptor is its own all the same."""
@@ -174,7 +169,8 @@ def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> Non
     message = Tread(1, 0, 100)
     workers = Workers("test")
     jobs = Jobs("test", workers, lambda: None)
-    read = Paused()
+    read = private()
+    started, go = threading.Event(), threading.Event()
 
     def add(tag: int, work: Callable[[Any], Any], payload: PrivatePayload, exclusive: bool) -> None:
         jobs.add(Job(tag, tag, guest, message, [fid], payload, work, exclusive))
@@ -183,18 +179,24 @@ def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> Non
         begun.wait(10)
         fid.opened = tree.open(fid.handle, os.O_RDONLY)
 
+    def read_it(payload: Any) -> Any:
+        started.set()
+        assert go.wait(10)
+        return files.read(guest, message, payload, fid)
+
     add(1, open_it, private(), True)
-    add(2, lambda payload: files.read(guest, message, payload, fid), read, False)
+    add(2, read_it, read, False)
     begun.set()
     assert [job.tag for job in jobs.completed(10)] == [1]
-    assert read.chosen.wait(10)
+    assert started.wait(10)
     opened = []
     for number in range(1, 60):  # many more than there is room for
         tree.handles.budget.make_room()
         other, _ = tree.existing(tree.root, b"f%d" % number, pins)
         opened.append(tree.open(other, os.O_RDONLY))
         tree.handles.unpin(pins)
-    read.go.set()
+    assert fid.open_file().is_open
+    go.set()
     (done,) = jobs.completed(10)
     assert isinstance(done.reply, Rread), done.reply
     assert read.take(2) == b"f0"

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -382,8 +382,8 @@ def limited(start_daemon: StartDaemon) -> Iterator[Callable[..., Client]]:
     """A client of a daemon under limits that prlimit(1) sets."""
     with ExitStack() as stack:
 
-        def run(*limits: str) -> Client:
-            daemon = start_daemon(launcher=("prlimit", *limits))
+        def run(*limits: str, options: Sequence[str] = ()) -> Client:
+            daemon = start_daemon(*options, launcher=("prlimit", *limits))
             client = stack.enter_context(Client(daemon.socket))
             client.attach()
             return client
@@ -447,7 +447,7 @@ def fill_up(client: Client, export: Path) -> list[int]:
 
 def test_no_descriptor_left(limited: Callable[..., Client], export: Path) -> None:
     """EMFILE for opens, while everything that is held goes on; clunks make room."""
-    client = limited("--nofile=256")
+    client = limited("--nofile=256", options=["--reclaim", "names"])
     opened = fill_up(client, export)
     assert 100 < len(opened) < 256
     client.walk(ROOT, 1000)
@@ -462,7 +462,7 @@ def test_no_descriptor_left(limited: Callable[..., Client], export: Path) -> Non
 
 def test_emfile_is_not_told_too_early(limited: Callable[..., Client], export: Path) -> None:
     """Only when nothing idle is left: then no later attempt works either."""
-    opened = fill_up(limited("--nofile=256"), export)
+    opened = fill_up(limited("--nofile=256", options=["--reclaim", "names"]), export)
     assert opened == list(range(len(opened)))
 
 
@@ -485,7 +485,7 @@ def test_a_hundred_thousand_entries(client: Client, daemon: Daemon, export: Path
             names.add(entry.name)
             cookie = entry.offset
         total += len(entries)
-        assert cookie <= count + 2
+        assert cookie < 1 << 31
     assert total == len(names) == count + 2
     fields = Path(f"/proc/{daemon.pid}/status").read_text().split("VmHWM:")[1].split()
     assert int(fields[0]) < 150_000  # KiB

@@ -1,28 +1,33 @@
 """Interval arithmetic of locks: against a model that looks at every byte, and what it costs."""
 
-import importlib.util
 import math
+import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from ninepd.ops import ranges as module
+from ninepd.export.local import UnmappedHost
+from ninepd.export.tree import Tree
 from ninepd.ops.fid import Fid
 from ninepd.ops.ranges import TO_END, Cover, Owner, Range, Ranges, without
 from ninepd.p9.messages import LockType
+from tests.interpreted import interpreted
 
 READ, WRITE, UNLOCK = LockType.RDLCK, LockType.WRLCK, LockType.UNLCK
 BYTES = 24
 
 
+TREE = Tree(os.open(Path(__file__).parent, os.O_PATH), UnmappedHost())
+
+
 def fid() -> Fid:
-    return Fid(cast("Any", None), 0)
+    return Fid(TREE.root, 0)
 
 
 class Model:
@@ -128,17 +133,6 @@ def test_free_stretches_are_told_once() -> None:
 # What it costs: lines of Python that run, whatever the machine
 
 
-def interpreted() -> Any:
-    """The module from its source, whether or not it is compiled."""
-    source = Path(module.__file__).with_name("ranges.py")
-    spec = importlib.util.spec_from_file_location("interpreted_ranges", source)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 def lines(work: Callable[[], object]) -> int:
     """How many lines run in functions that ``work`` calls."""
     seen: Counter[CodeType] = Counter()
@@ -163,7 +157,7 @@ MANY = 4096
 @pytest.mark.parametrize("readers", ["one", "many"])
 def test_a_request_costs_the_same_among_many(readers: str) -> None:
     """It is about one of the ranges; the others belong to the same owner, or each to another."""
-    code = interpreted()
+    code = interpreted("ninepd.ops.ranges")
     through = fid()
 
     def costs(count: int) -> int:
@@ -198,7 +192,7 @@ BOUNDS: dict[str, Callable[[int], tuple[int, int]]] = {
 @pytest.mark.parametrize("readers", BOUNDS)
 def test_a_request_about_all_costs_in_proportion(readers: str) -> None:
     """A lock of the whole file, and a close: half of the readers go with it."""
-    code = interpreted()
+    code = interpreted("ninepd.ops.ranges")
     through, closed = fid(), fid()
 
     def costs(count: int) -> int:

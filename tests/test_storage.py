@@ -77,14 +77,16 @@ TREE: dict[str, dict[str, Any]] = {
 class Fuse:
     """tests/fuse_fs.py as a process of its own."""
 
-    def __init__(self, target: Path, tree: dict[str, dict[str, Any]], folder: Path) -> None:
+    def __init__(
+        self, target: Path, tree: dict[str, dict[str, Any]], folder: Path, *options: str
+    ) -> None:
         target.mkdir(exist_ok=True)
         self.target = target
         path = folder / f"{target.name}.json"
         path.write_text(json.dumps(tree))
         program = Path(__file__).with_name("fuse_fs.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(program), str(target), str(path)],
+            [sys.executable, str(program), str(target), str(path), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -174,10 +176,10 @@ def fuses(as_root: None) -> Iterator[list[Fuse]]:
 
 @pytest.fixture
 def start_fuse(fuses: list[Fuse], tmp_path: Path) -> StartFuse:
-    """Mount the test file system: ``start_fuse(target, tree)``."""
+    """Mount the test file system: ``start_fuse(target, tree, *options)``."""
 
-    def start(target: Path, tree: dict[str, dict[str, Any]] | None = None) -> Fuse:
-        fuse = Fuse(target, TREE if tree is None else tree, tmp_path)
+    def start(target: Path, tree: dict[str, dict[str, Any]] | None = None, *options: str) -> Fuse:
+        fuse = Fuse(target, TREE if tree is None else tree, tmp_path, *options)
         fuses.append(fuse)
         return fuse
 
@@ -322,8 +324,11 @@ def test_every_message_is_in_hangs() -> None:
 
 
 @pytest.mark.parametrize("what", HANGS)
-def test_any_operation_may_hang(fuse: Fuse, client: Client, what: str) -> None:
+def test_any_operation_may_hang(
+    start_fuse: StartFuse, client: Client, export: Path, what: str
+) -> None:
     op, path, message, data = HANGS[what]
+    fuse = start_fuse(export / "m", TREE, "locks")
     client.walk(ROOT, 1, b"m")
     client.walk(1, 2, b"slow")
     client.open(2, 3, flags=2)
