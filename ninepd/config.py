@@ -11,13 +11,12 @@ from enum import StrEnum
 from typing import Any, Final
 
 from ninepd.errors import UsageError
+from ninepd.p9.limits import MIN_MSIZE
 
 TAG_MAX: Final = 254
 """QEMU's config space has at most 256 bytes, two of them for the tag's length."""
 SUN_PATH_MAX: Final = 107
 """unix(7): sun_path without its final NUL."""
-MIN_MSIZE: Final = 4096
-"""Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
 DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
 

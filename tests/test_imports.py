@@ -26,10 +26,11 @@ LAYERS: Final = (
     {"payload", "workers"},
     {"ops"},
     {"export"},
+    {"config"},
     {"vhostuser", "p9", "listing"},
     {"logs"},
     {"foreign"},
-    {"vring", "syscalls", "stats", "config", "capabilities", "process", "mounts"},
+    {"vring", "syscalls", "stats", "capabilities", "process", "mounts"},
     {"errors", "statelock", "tuples", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

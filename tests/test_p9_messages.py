@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ninepd.errors import ProtocolError
-from ninepd.p9.codecs import MAX_WALK
+from ninepd.p9.limits import MAX_WALK
 from ninepd.p9.messages import (
     CODECS,
     HEADER,

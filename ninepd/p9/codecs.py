@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from ninepd.errors import ProtocolError
+from ninepd.p9.limits import MAX_WALK
 from ninepd.tuples import made
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -27,7 +28,6 @@ HEADER_SIZE: Final = 7
 QID: Final = Struct("<BIQ")
 _pack_qid: Final = QID.pack
 _QID_KIND: Final = "BIQ"
-MAX_WALK: Final = 16
 
 STRING: Final = "string"
 NAMES: Final = "names"

@@ -7,15 +7,14 @@ import errno
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
-from ninepd.config import MIN_MSIZE
 from ninepd.errors import words_for
 from ninepd.p9.fids import FidTable
+from ninepd.p9.limits import MAX_FIDS, MIN_MSIZE
 from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
 from ninepd.tuples import made
 
 F = TypeVar("F")
 
-MAX_FIDS: Final = 1 << 20
 _ENAME_MAX: Final = 126
 """Fits the smallest buffer that Linux gives a reply (net/9p/client.c)."""
 

@@ -1,0 +1,10 @@
+"""Bounds of the protocol."""
+
+from typing import Final
+
+MIN_MSIZE: Final = 4096
+"""Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
+MAX_WALK: Final = 16
+"""Names in one Twalk (walk(5))."""
+MAX_FIDS: Final = 1 << 20
+"""Of one session: ours, for the protocol has none."""
