@@ -62,7 +62,10 @@ class Connection:
 
     def readable(self) -> None:
         """Handle what has arrived, up to a message that has to wait."""
-        if not self._waits and self._open:
+        if self._hangup is not None:
+            if self._hangup.poll(0):
+                self._part(EOFError())
+        elif not self._waits and self._open:
             self._messages = self._front_end.receive()
             self._guarded(self._handle_messages)
 

@@ -243,12 +243,15 @@ class Budget:
 
         Only the thread that serves the ring calls this, and only while it has no request in hand.
         """
-        if self._calls_to_skip and len(self._open) + SPARE // 2 < self.limit:
+        last_chance = len(self._open) + SPARE // 2 >= self.limit
+        if self._calls_to_skip and not last_chance:
             self._calls_to_skip -= 1
             return
         with self.lock:
             self._turn += 1
             turn = self._turn
+            if last_chance:  # else EMFILE could be told while one is idle since the last look
+                self._fruitless = 0
         for _ in range(SLICE):
             with self.lock:
                 holder = self._next_idle(turn)
