@@ -81,9 +81,10 @@ class Turn:
     __slots__ = ("claim", "job")
 
     def __init__(self) -> None:
-        self.claim: list[int] = []
-        """The slot of the request that it serves. Its own: whoever comes back late must not take
-        that of the thread that serves the ring by then."""
+        self.claim: list[int | None] = [None, None, None]
+        """Behind the Nones the slot of the request that it serves. Its own: whoever comes back late
+        must not take that of the thread that serves the ring by then. With the Nones the list never
+        becomes so short that Python gives its memory back, only to ask for it again."""
         self.job: Job | None = None
 
 
@@ -280,9 +281,10 @@ class Pipeline:
         if not self._workers.reserve():
             return
         with self._lock:
-            try:
-                head = self._turn.claim.pop()
-            except IndexError:  # it has just come back, or is not in a request
+            claim = self._turn.claim
+            head = claim.pop()
+            if head is None:  # it has just come back, or is not in a request
+                claim.insert(0, None)
                 return
             if head == _NO_SLOT:
                 self._batch = chain((self._entry,), self._batch)
@@ -310,11 +312,7 @@ class Pipeline:
         self._begun += 1
         turn.claim.append(_NO_SLOT)
         self._budget.make_room()
-        try:
-            turn.claim.pop()
-        except IndexError:
-            return False
-        return True
+        return turn.claim.pop() is not None
 
     def _be_late(self, turn: Turn, reply: Reply) -> None:
         """Back from a request, but somebody else serves the ring now: the request is a job."""
@@ -404,7 +402,7 @@ class Pipeline:
                 return True
             fids = row.resolve(guest.session, message)
             if (jobs.by_tag or self._volumes.remote) and self._must_leave(row, message, fids):
-                work = partial(row.serve, guest, message, fids=fids)
+                work = partial(row.serve_held, guest, message, fids=fids)
                 self._hand_over(head, tag, message, fids, work)
                 return True
         except Exception as error:
@@ -412,14 +410,13 @@ class Pipeline:
             return True
         self._tag, self._message, self._fids = tag, message, fids
         self._begun += 1
-        turn.claim.append(head)
+        claim = turn.claim
+        claim.append(head)
         try:
             reply = row.serve(guest, message, payload, fids)
         except Exception as error:
             reply = self._error(tag, error)
-        try:
-            turn.claim.pop()
-        except IndexError:
+        if claim.pop() is None:
             self._be_late(turn, reply)
             return False
         if payload.pins:

@@ -38,6 +38,7 @@ class Guest:
         self.tag = tag
         self.tree = tree
         self.host = tree.host
+        self.readonly = tree.host.readonly
         self._msize_max = msize_max
         self.session: Session[Fid] = Session()
         self.locks = LockTable(tree)

@@ -45,6 +45,7 @@ class Row:
         self._count: i32 = len(positions)
         self._first: i32 = positions[0] if positions else 0
         self._second: i32 = positions[1] if len(positions) > 1 else 0
+        self._may_change = changes is not False
         self._exclusive = exclusive
         self._changes = changes
         self.clunks = clunks
@@ -77,10 +78,7 @@ class Row:
 
     def serve(self, guest: Guest, message: Any, payload: Payload, fids: list[Fid]) -> Reply:
         """Call the handler, unless the message may not be served; raises OSError."""
-        for fid in fids:
-            if fid.doomed:
-                raise FileNotFoundError(errno.ENOENT, "the fid was clunked meanwhile")
-        if guest.host.readonly and self.changes(message):
+        if self._may_change and guest.readonly and self.changes(message):
             if self.clunks:
                 guest.retire(guest.remove(message.fid, fids[0]))
             refuse()
@@ -91,6 +89,13 @@ class Row:
         if self._count:
             return handler(guest, message, payload, fids[0], fids[1])
         return handler(guest, message, payload)
+
+    def serve_held(self, guest: Guest, message: Any, payload: Payload, fids: list[Fid]) -> Reply:
+        """As ``serve``, for one that had to wait; ENOENT if a fid was clunked meanwhile."""
+        for fid in fids:
+            if fid.doomed:
+                raise FileNotFoundError(errno.ENOENT, "the fid was clunked meanwhile")
+        return self.serve(guest, message, payload, fids)
 
 
 def _walks_itself(message: p9.Twalk, _fid: Fid) -> bool:
