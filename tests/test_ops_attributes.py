@@ -4,6 +4,7 @@ import itertools
 import os
 import socket
 import stat
+import subprocess
 import time
 from pathlib import Path
 from typing import Final
@@ -391,12 +392,41 @@ def test_statfs_below_a_mount(client: Client, export: Path, mount: Mount) -> Non
         assert found.blocks * found.bsize == 1 << 20
 
 
-def test_statfs_type_is_that_of_9p(client: Client, export: Path, mount: Mount) -> None:
-    """coreutils would rely on inotify, and ``tail -f`` on the guest alone, if it saw the host's."""
+def test_statfs_type_is_one_that_coreutils_poll(client: Client, export: Path, mount: Mount) -> None:
+    """``tail -f`` would rely on inotify, if it saw the host's type, or that of 9P."""
     mount(export / "m", "-t", "tmpfs", "none")
     client.walk(ROOT, 1, b"m")
     for fid in (ROOT, 1):
-        assert client.rpc(Tstatfs(fid)).type == 0x01021997
+        assert client.rpc(Tstatfs(fid)).type == 0x65735546
+
+
+@pytest.mark.parametrize(("kind", "watches"), [(0x65735546, False), (0x01021997, True)])
+def test_tail_polls_what_has_our_type(tmp_path: Path, kind: int, watches: bool) -> None:
+    """With the tail(1) of this system, to which a file's type is told by a library of ours."""
+    source = tmp_path / "told.c"
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <dlfcn.h>\n#include <sys/vfs.h>\n"
+        "int fstatfs(int fd, struct statfs *s) {"
+        ' int (*next)(int, struct statfs *) = dlsym(RTLD_NEXT, "fstatfs");'
+        f" int result = next(fd, s); s->f_type = {kind}; return result; }}\n"
+    )
+    library = tmp_path / "told.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    file = tmp_path / "log"
+    file.write_text("first\n")
+    with subprocess.Popen(
+        ["tail", "-f", file], stdout=subprocess.PIPE, env={**os.environ, "LD_PRELOAD": str(library)}
+    ) as tail:
+        assert tail.stdout is not None
+        try:
+            assert tail.stdout.readline() == b"first\n"
+            with file.open("a") as log:
+                log.write("second\n")
+            assert tail.stdout.readline() == b"second\n"  # by then it has chosen its way
+            descriptors = Path(f"/proc/{tail.pid}/fd").iterdir()
+            assert any("inotify" in str(fd.readlink()) for fd in descriptors) == watches
+        finally:
+            tail.kill()
 
 
 def test_statfs_of_odd_files(client: Client, export: Path) -> None:

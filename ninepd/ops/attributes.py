@@ -26,9 +26,10 @@ from ninepd.p9.messages import (
 from ninepd.syscalls import GETATTR_BODY, NO_ID, UTIME_NOW, UTIME_OMIT
 
 _ENCODED = Encoded(NUMBERS[Rgetattr], GETATTR_BODY)
-_V9FS_MAGIC: Final = 0x01021997
-"""f_type of a 9P mount. By the host's, programs would think that they see all changes of a file: in
-the guest inotify(7) does not tell what the host does."""
+_FUSE_SUPER_MAGIC: Final = 0x65735546
+"""f_type of every mount, as virtiofs shows it. By the host's own, programs would think that they
+see all changes of a file, but in the guest inotify(7) does not tell what the host does. By 9P's own,
+0x01021997, coreutils think so too: for them it is that of a local one (coreutils' src/stat.c)."""
 _KNOWN = 0x1FF
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
@@ -136,4 +137,4 @@ def _change(
 
 def statfs(guest: Guest, _message: Tstatfs, _payload: Payload, fid: Fid) -> Reply:
     """Of the file system that the fid's own file lies on, also below a mount."""
-    return Rstatfs(_V9FS_MAGIC, *guest.host.statfs(fid.held().fd)[1:])
+    return Rstatfs(_FUSE_SUPER_MAGIC, *guest.host.statfs(fid.held().fd)[1:])
