@@ -28,8 +28,8 @@ from ninepd.syscalls import GETATTR_BODY, NO_ID, UTIME_NOW, UTIME_OMIT
 _ENCODED = Encoded(NUMBERS[Rgetattr], GETATTR_BODY)
 _FUSE_SUPER_MAGIC: Final = 0x65735546
 """f_type of every mount, as virtiofs shows it. By the host's own, programs would think that they
-see all changes of a file, but in the guest inotify(7) does not tell what the host does. So they would
-by that of 9P, 0x01021997, which coreutils take for a local one (their src/stat.c)."""
+see all changes of a file, but in the guest inotify(7) does not tell what the host does. The same
+goes for that of 9P, 0x01021997, which coreutils take for a local one (their src/stat.c)."""
 _KNOWN = 0x1FF
 _OWNER = SetattrValid.UID | SetattrValid.GID
 _TIMES = SetattrValid.ATIME | SetattrValid.MTIME
