@@ -74,6 +74,11 @@ class Holder:
         return fd if fd >= 0 else self._bring_back()
 
     @property
+    def stays(self) -> bool:
+        """Is it plain, without asking the host, that it could not be had again?"""
+        return False
+
+    @property
     def is_open(self) -> bool:
         return self._fd >= 0
 
@@ -271,7 +276,7 @@ class Budget:
 
     @staticmethod
     def _is_idle(holder: Holder) -> bool:
-        return holder.is_open and not holder.recent and not holder.pins
+        return holder.is_open and not holder.recent and not holder.pins and not holder.stays
 
     def _next_idle(self, turn: int) -> Holder | None:
         """Who may go next; None if that is enough for now. Under the lock."""

@@ -115,6 +115,10 @@ class Handle(Holder):
             file.cookies = cookies
         return cookies
 
+    @property
+    def stays(self) -> bool:
+        return self.volume.remote
+
     def may_rest(self) -> bool:
         return self.table.finder.may_rest(self)
 
@@ -173,6 +177,12 @@ class Opened(Holder):
             fd = self.leave()
         if fd >= 0:
             handle.table.host.close(fd)
+
+    @property
+    def stays(self) -> bool:
+        """By name it could be gone by then, and its data with it."""
+        handle = self.handle
+        return not handle.volume.by_handle or handle.remote
 
     def may_rest(self) -> bool:
         return self.handle.table.finder.may_reopen(self)

@@ -38,8 +38,6 @@ class Finder:
 
     def may_rest(self, handle: "Handle") -> bool:
         """Can the handle, which is pinned, be found again if its descriptor is closed now?"""
-        if handle.remote:
-            return False
         fd = self._duplicate(handle)
         if fd < 0:
             return False
@@ -54,13 +52,8 @@ class Finder:
             self._host.close(fd)
 
     def may_reopen(self, file: "Opened") -> bool:
-        """Can a file that is open on a handle be opened again later?
-
-        Only by file handle: by name it could be gone by then, and its data with it.
-        """
+        """Can a file that is open on a handle be opened again later, by file handle?"""
         handle = file.handle
-        if not handle.volume.by_handle or handle.remote:
-            return False
         if handle.is_open:
             return True
         # Without links the last descriptor on it must stay, be it the handle's or this.

@@ -78,7 +78,7 @@ def setattr(guest: Guest, message: Tsetattr, _payload: Payload, fid: Fid) -> Rep
     )
     if valid & SetattrValid.SIZE and message.size >> 63:
         raise OSError(errno.EINVAL, "no file can be that large")
-    rest = partial(_change, guest.host, message, fid.uid, handle, atime, mtime)
+    rest = partial(_change, guest.host, message, handle, atime, mtime)
     if valid & SetattrValid.SIZE:
         guest.host.act_for(fid.uid)
         try:
@@ -115,7 +115,6 @@ def _truncate_and(host: Host, rest: Callable[[], Reply], fid: Fid, size: int) ->
 def _change(
     host: Host,
     message: Tsetattr,
-    uid: int,
     handle: Handle,
     atime: tuple[int, int],
     mtime: tuple[int, int],
@@ -126,8 +125,8 @@ def _change(
         group = message.gid if valid & SetattrValid.GID else NO_ID
         host.chown(handle.fd, owner, group)
     if valid & SetattrValid.MODE:
-        setid.act_on_group(host, uid, handle)
-        host.chmod(handle.fd, setid.mode_to_set(host, uid, handle, st.S_IMODE(message.mode)))
+        host.act_for(setid.ROOT)
+        host.chmod(handle.fd, st.S_IMODE(message.mode))
     if valid & _TIMES:
         host.utimens(handle.fd, atime, mtime)
     elif valid == SetattrValid.CTIME:

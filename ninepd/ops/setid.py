@@ -2,10 +2,11 @@
 
 Who writes to a program that runs as somebody else, or shortens it, must not make it his own; only
 root may (write(2)). The host's kernel sees to that, once the thread has put CAP_FSETID aside
-(CVE-2023-1386). Whether a user is in a file's group, only the guest's kernel knows. So a
-regular file does not get the setgid bit from anybody but root, unless its group has the number of
-the user, as most users' own have; nor does a program that is created in a setgid directory, whose
-group the guest sends as its own (CVE-2022-0358). Directories keep theirs: it gives no rights.
+(CVE-2023-1386). Whether a user is in a file's group, only the guest's kernel knows: it has taken
+the bit already from the mode that somebody else sets. Not so from a program that is created in a
+setgid directory, whose group it sends as the user's own (CVE-2022-0358), nor by an ACL: there the
+bit goes, unless the group has the number of the user, as most users' own have. Directories keep
+theirs: it gives no rights.
 """
 
 import stat as st
@@ -14,27 +15,20 @@ from typing import Final
 from ninepd.export.handles import Handle
 from ninepd.export.host import Host
 
-_ROOT: Final = 0
+ROOT: Final = 0
 _GROUP_PROGRAM: Final = st.S_ISGID | st.S_IXGRP
 
 
 def act_on_group(host: Host, uid: int, handle: Handle) -> None:
-    """As ``Host.act_for``, for a change of mode or ACL, which concerns the group of a file."""
-    host.act_for(uid if _is_foreign(host, uid, handle) else _ROOT)
-
-
-def mode_to_set(host: Host, uid: int, handle: Handle, mode: int) -> int:
-    """What is left of the mode that a user gives a file."""
-    if mode & st.S_ISGID and _is_foreign(host, uid, handle):
-        return mode & ~st.S_ISGID
-    return mode
+    """As ``Host.act_for``, for a change of ACL, which concerns the group of a file."""
+    host.act_for(uid if _is_foreign(host, uid, handle) else ROOT)
 
 
 def mode_to_create(host: Host, uid: int, gid: int, directory: Handle, mode: int) -> int:
     """What is left of the mode that a user creates a file with."""
     if (
         mode & _GROUP_PROGRAM == _GROUP_PROGRAM
-        and uid not in {_ROOT, gid}
+        and uid not in {ROOT, gid}
         and host.stat_at(directory.fd, b"").mode & st.S_ISGID
     ):
         return mode & ~st.S_ISGID
@@ -43,4 +37,4 @@ def mode_to_create(host: Host, uid: int, gid: int, directory: Handle, mode: int)
 
 def _is_foreign(host: Host, uid: int, handle: Handle) -> bool:
     """Is it a regular file whose group is not known to be one of the user's?"""
-    return uid != _ROOT and handle.kind == st.S_IFREG and host.attributes(handle.fd).st_gid != uid
+    return uid != ROOT and handle.kind == st.S_IFREG and host.attributes(handle.fd).st_gid != uid
