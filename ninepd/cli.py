@@ -140,13 +140,6 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _config_option(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    # Without its own name here the variable would be called after the parameter.
-    return click.option(
-        "--config", "config_path", envvar="NINEPD_CONFIG", metavar="FILE", help=words
-    )
-
-
 def _exports(
     context: click.Context, config_path: str | None, single: dict[str, Any]
 ) -> tuple[config.Export, ...]:

@@ -111,6 +111,9 @@ class Connection:
 
     def _part(self, error: Exception) -> None:
         """The front end has gone, or must go."""
+        if not self._open:
+            log.error("%s: a bug while a front end was parted from", self._tag, exc_info=error)
+            return
         if isinstance(error, EOFError):
             log.info("%s: front end left", self._tag)
         elif isinstance(error, FramingLost):

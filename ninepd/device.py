@@ -161,7 +161,7 @@ class Device:
 
     def _rested(self, pipeline: Pipeline) -> None:
         """The ring came to rest: because it was told to, or because it broke."""
-        if pipeline is not self._pipeline:
+        if pipeline is not self._pipeline or self._parking is Parking.PARKED:
             return
         self._parking = Parking.PARKED
         self._position = pipeline.next_avail

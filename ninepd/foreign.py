@@ -46,13 +46,13 @@ _MOUNT_ID: Final = re.compile(r"^mnt_id:\s*(\d+)$", re.MULTILINE)
 def check_signal(fd: int) -> None:
     """Refused unless the descriptor can kick or call: an eventfd, or a unix socket."""
     if not _is_eventfd(fd) and not _is_unix_socket(fd):
-        raise Refused(f"{_link(fd)} is no eventfd and no unix socket")
+        raise Refused(f"{_link(fd)!r} is no eventfd and no unix socket")
 
 
 def check_channel(fd: int) -> None:
     """Refused unless the descriptor can carry requests to the front end."""
     if not _is_unix_socket(fd):
-        raise Refused(f"{_link(fd)} is no unix socket")
+        raise Refused(f"{_link(fd)!r} is no unix socket")
 
 
 def check_memory(fd: int) -> None:
@@ -61,9 +61,9 @@ def check_memory(fd: int) -> None:
         return
     kind = _file_system(fd)
     if kind not in _LOCAL:
-        raise Refused(f"{_link(fd)} is no guest memory: not a file of a local file system")
+        raise Refused(f"{_link(fd)!r} is no guest memory: not a file of a local file system")
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise Refused(f"{_link(fd)} is no guest memory: not a regular file")
+        raise Refused(f"{_link(fd)!r} is no guest memory: not a regular file")
 
 
 def _link(fd: int) -> str:
@@ -125,8 +125,12 @@ class _Closer:
     def close(self, fd: int) -> None:
         self._fds.put(fd)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="closer", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="closer", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be had; the next one to close tries again
+                return
+            self._thread = thread
 
     def _run(self) -> None:
         while True:

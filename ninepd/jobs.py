@@ -194,6 +194,8 @@ class Jobs:
 
     def completed(self, timeout: float | None = None) -> Iterator[Job]:
         """The jobs to be answered now. With a timeout, wait so long for the first."""
+        if self._held:
+            self._start_held()  # a worker may be had by now
         try:
             while True:
                 job = self._done.get(block=timeout is not None, timeout=timeout)

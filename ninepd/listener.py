@@ -81,7 +81,7 @@ class _Place:
             os.close(self._inode)
 
     def remove(self) -> None:
-        with _locked(self._folder):
+        with _locked(self._folder, 0):
             # The inode cannot be another's: we have held it since.
             there = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
             if os.path.samestat(os.fstat(self._inode), there):
@@ -148,12 +148,12 @@ def _is_served(occupant: int) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: int) -> Iterator[None]:
+def _locked(folder: int, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
     """One daemon at a time.
 
-    Anybody who may read the folder can hold its lock: who does so for long keeps out nobody.
+    Anybody who may read the folder can hold its lock: who does so for longer keeps out nobody.
     """
-    deadline = time.monotonic() + _LOCK_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

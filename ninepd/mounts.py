@@ -24,6 +24,8 @@ class Mounts:
         self._changes = select.poll()
         self._changes.register(self._fd, select.POLLPRI)
         self._lock = threading.Lock()
+        self._stale = False
+        """Has there been a change that could not be read yet? The kernel tells of it once."""
         self._covered = self._read()
 
     def close(self) -> None:
@@ -36,15 +38,17 @@ class Mounts:
         is known: the root of a chroot is not listed, for example.
         """
         with self._lock:
-            if self._changes.poll(0):
+            self._stale |= bool(self._changes.poll(0))
+            if self._stale:
                 self._covered = self._read()
+                self._stale = False
             return self._covered.get(mnt_id)
 
     def _read(self) -> dict[int, bytes | None]:
         names: dict[int, set[bytes]] = {}
         listed = []
         os.lseek(self._fd, 0, os.SEEK_SET)
-        with open(os.dup(self._fd), "rb") as lines:
+        with open(self._fd, "rb", closefd=False) as lines:
             for line in lines:
                 mnt_id, parent, _, _, point, _ = line.split(b" ", 5)
                 listed.append(int(mnt_id))

@@ -174,11 +174,13 @@ class Pipeline:
         self._stopping = False
         self._turn = turn = Turn()
         self._serving = True
+        self._budget.begin_serving()
         if not self._watched:
             self._watched = self._workers.start(self._watch_over)
         ready = self._watched and self._workers.reserve()
         if not ready or not self._workers.start(partial(self._serve, turn)):
             self._serving = False
+            self._budget.end_serving()
             raise OSError(errno.EAGAIN, "the limit of threads is reached; raise it (TasksMax=)")
         self._workers.reserve()
 
@@ -235,10 +237,16 @@ class Pipeline:
         except Exception as error:
             log.exception("%s: a bug stopped this device", self._name)
             self.broken = f"internal error: {error!r}"
+            if turn is not self._turn:  # somebody else has the ring, and will find it broken
+                self.pause(0)
+                return
         self._watch.rest()
+        self._budget.end_serving()
         with self._lock:
             self._serving = False
-        self._tell_rest()
+            rests = not self._touching
+        if rests:
+            self.on_rest()
 
     def _serve_batch(self, turn: Turn) -> bool:
         """Serve what is left of the batch; False if somebody else does that now."""
@@ -257,13 +265,6 @@ class Pipeline:
             for job in self._jobs.completed(left):
                 self._complete(job)
             self._answers.publish()
-
-    def _tell_rest(self) -> None:
-        """Tell, once, when the last one leaves; on whichever thread that is."""
-        with self._lock:
-            if self._serving or self._touching:
-                return
-        self.on_rest()
 
     def _watch_over(self) -> None:
         """On the watcher's thread, as long as there is the ring."""
@@ -293,7 +294,8 @@ class Pipeline:
             self._turn = turn = Turn()
         self._budget.take_over()
         self._answers.publish()
-        self._workers.start(partial(self._serve, turn))
+        if not self._workers.start(partial(self._serve, turn)):
+            self._serve(turn)  # unwatched: better than not at all
 
     def _make_job(self, head: int) -> None:
         """Of the request that the serving thread is in."""
@@ -311,30 +313,39 @@ class Pipeline:
         self._entry = entry
         self._begun += 1
         turn.claim.append(_NO_SLOT)
-        self._budget.make_room()
-        return turn.claim.pop() is not None
+        try:
+            self._budget.make_room()
+        finally:
+            mine = turn.claim.pop() is not None
+        return mine
 
     def _be_late(self, turn: Turn, reply: Reply) -> None:
         """Back from a request, but somebody else serves the ring now: the request is a job."""
         with self._lock:
             job = turn.job
         assert job is not None  # noqa: S101 - who took the claim has set it, under the lock
+        work = None
         if isinstance(reply, Later):
-            slot = self._payload(job.head)
-            job.payload = self._private(slot, job.message)
-            self._leave_memory(job)
-            self._jobs.perform(job, reply.work)
-        else:
+            work = reply.work
+            try:
+                job.payload = self._private(self._payload(job.head), job.message)
+            except OSError as error:  # the request's data is gone
+                work, reply = None, job.guest.session.error(to_errno(error))
+        self._leave_memory(job)
+        if work is None:
             self._jobs.finish(job, reply)
-            self._leave_memory(job)
+        else:
+            self._jobs.perform(job, work)
 
     def _leave_memory(self, job: Job) -> None:
         """A job that has lost the ring will not touch guest memory any more."""
         if job.moves_data:
             job.moves_data = False
-            with self._lock:
+            with self._lock:  # of the last to leave, the change and the look are one step
                 self._touching -= 1
-            self._tell_rest()
+                rests = not self._serving and not self._touching
+            if rests:
+                self.on_rest()
 
     # Serving
 
@@ -517,7 +528,8 @@ class Pipeline:
             reply = self._service.guest.session.error(to_errno(error))
         self._follow_session()
         if self._volumes.remote:
-            self._workers.start(old.end)
+            if not self._workers.start(old.end):
+                old.end()
             return reply
         return Later(lambda _payload: _first(old.end, reply))
 

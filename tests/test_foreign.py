@@ -81,6 +81,12 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
         assert allows(foreign.check_memory) == (kind in MEMORY)
 
 
+def test_a_name_cannot_make_lines_of_the_log(tmp_path: Path) -> None:
+    with (tmp_path / "two\nlines").open("w") as file, pytest.raises(Refused) as refusal:
+        foreign.check_signal(file.fileno())
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_number_is_held() -> None:
     own = os.eventfd(0, os.EFD_NONBLOCK)
     held = foreign.Held(own)

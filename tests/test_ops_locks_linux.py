@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from ninepd.p9.messages import LockStatus, Rlcreate, Rlerror, Rlock, Tlcreate, Tlock, Tlopen
+from ninepd.p9.messages import (
+    LockStatus,
+    Rlcreate,
+    Rlerror,
+    Rlock,
+    Tlcreate,
+    Tlock,
+    Tlopen,
+    Trenameat,
+)
 from tests.client import ROOT, Client
 from tests.conftest import StartDaemon
 from tests.locking import (
@@ -178,6 +187,16 @@ def test_two_names_of_one_file(guest: Client, path: Path, change: Callable[[Path
     assert lock(guest, 3, READ, 5, 10, owner=OTHER) == BLOCKED
     close(guest, SHARED, PARENT)
     assert lock(guest, 3, WRITE, 5, 10, owner=OTHER) == SUCCESS
+
+
+def test_a_rename_onto_another_name_of_the_file(guest: Client, path: Path) -> None:
+    """It does nothing (rename(2)), so there are two names still."""
+    link(path)
+    guest.open(ROOT, 3, b"other", flags=os.O_RDWR)
+    assert lock(guest, SHARED, WRITE, 0, 10, owner=PARENT) == SUCCESS
+    guest.rpc(Trenameat(ROOT, os.fsencode(path.name), ROOT, b"other"))
+    assert path.exists()
+    assert lock(guest, 3, WRITE, 0, 10, owner=OTHER) == BLOCKED
 
 
 # F_GETLK, which comes with the type UNLCK when the guest's own table has no answer

@@ -156,7 +156,8 @@ class Budget:
         self._high = limit - min(max(limit // 8, SPARE), limit // 4)
         self.lock = state_lock(DESCRIPTORS)
         """Guards it, its holders' descriptors, and the handle table."""
-        self._frozen = False
+        self._serving: i32 = 0
+        """Threads that serve a ring on these descriptors."""
         self.resting = 0
         """Holders that are put aside."""
         self._open: list[Holder] = []
@@ -210,7 +211,7 @@ class Budget:
     @property
     def crowded(self) -> bool:
         """Is it time to ``make_room``?"""
-        return len(self._open) >= self._high and not self._frozen
+        return len(self._open) >= self._high and self._serving < 2
 
     def close(self, fd: int) -> None:
         """Close a descriptor that nobody asks about any more. Not under the lock."""
@@ -219,9 +220,17 @@ class Budget:
         except OSError as error:
             log.warning("closing an idle file: %s", error)
 
-    def freeze(self) -> None:
-        """Nothing is put aside any more."""
-        self._frozen = True
+    def begin_serving(self) -> None:
+        """A thread serves a ring from now on. While several do, none may put aside: an old
+        connection is at its last batch, whose descriptors are not pinned.
+        """
+        with self.lock:
+            self._serving += 1
+
+    def end_serving(self) -> None:
+        """It does no more."""
+        with self.lock:
+            self._serving -= 1
 
     def check(self, wanted: int = 1) -> None:
         """EMFILE if so many more descriptors are too many: all are in use."""
@@ -263,8 +272,12 @@ class Budget:
                 if holder is None:
                     return
                 holder.pins += 1
-            may_rest = holder.may_rest()
+            may_rest = False
             fd = -1
+            try:
+                may_rest = holder.may_rest()
+            except OSError as error:
+                log.warning("an idle file cannot be looked at: %s", error)
             with self.lock:
                 holder.pins -= 1
                 if may_rest and self._is_idle(holder) and turn == self._turn:

@@ -110,9 +110,12 @@ class Handle(Holder):
 
     def begin_listing(self) -> Cookies:
         """Cookies for a directory, the same for all that have it open now and later."""
-        cookies = Cookies()
-        for file in self.opened:
-            file.cookies = cookies
+        fresh = Cookies()
+        with self.budget.lock:  # two may begin at once
+            known = [file.cookies for file in self.opened if file.cookies is not None]
+            cookies = known[0] if known else fresh
+            for file in self.opened:
+                file.cookies = cookies
         return cookies
 
     @property

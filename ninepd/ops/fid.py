@@ -104,8 +104,9 @@ class Fid:
     def holders(self) -> list[Holder]:
         """What keeps the descriptors that a request on this fid may use."""
         holders: list[Holder] = [self.handle]
-        if isinstance(self.opened, Opened):
-            holders.append(self.opened)
+        opened = self.opened  # another thread may be closing it
+        if isinstance(opened, Opened):
+            holders.append(opened)
         place = self.place
         if place is not None:
             holders.append(place[0])

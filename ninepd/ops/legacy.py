@@ -110,7 +110,9 @@ def create(guest: Guest, message: Tcreate, payload: Payload, fid: Fid) -> Reply:
         names.symlink(guest, Tsymlink(here, name, message.extension, NO_ID), payload, fid)
     elif perm & Mode.LINK:
         number = number_of(message.extension)
-        names.link(guest, Tlink(here, number, name), payload, fid, guest.session.get(number))
+        source = guest.session.get(number)
+        guest.pin([source], payload.pins)
+        names.link(guest, Tlink(here, number, name), payload, fid, source)
     else:
         kind, major, minor = _device(perm, message.extension)
         names.mknod(guest, Tmknod(here, name, kind | mode, major, minor, NO_ID), payload, fid)

@@ -186,7 +186,7 @@ class LockTable:
 
     def load(self, file: Opened, ranges: list[Range]) -> None:
         """Take over a descriptor that holds these on the host."""
-        file.pins = 1
+        self._tree.handles.pin([file], [])
         inode = _Inode(self._tree.handles.share(file.handle), self._tree.host)
         inode.file = file
         inode.requests = 1
@@ -295,7 +295,7 @@ class LockTable:
         so that the file is never without them.
         """
         file = self._tree.open(inode.handle, flags, wait)
-        file.pins = 1  # closing it would drop the locks
+        self._tree.handles.pin([file], [])  # closing it would drop the locks
         try:
             for start, end in inode.ranges.cover.held():
                 inode.apply(file, LockType.RDLCK, start, end)

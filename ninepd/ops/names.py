@@ -115,7 +115,8 @@ def _rename(guest: Guest, old: Place, new: Place, pins: list[Holder]) -> None:
         replaced = handles.before_change(*new, pins)
         try:
             guest.host.rename(old[0].fd, old[1], new[0].fd, new[1])
-            if held is not None:
+            # Two names of one file both stay, for rename(2) does nothing then.
+            if held is not None and held is not replaced:
                 handles.moved(held, old, new)
         finally:
             handles.after_change(replaced)
