@@ -188,4 +188,4 @@ def test_fids_that_a_row_names_must_exist(
     for number in (ROOT, FILE, LINK, READING, LISTING):
         guest.retire(guest.remove(number, guest.session.get(number)))
     assert outcome(lambda: row.resolve(guest.session, message)) == "ENOENT"
-    assert outcome(lambda: row.serve(guest, message, payload(), fids)) == "ENOENT"
+    assert outcome(lambda: row.serve_held(guest, message, payload(), fids)) == "ENOENT"
