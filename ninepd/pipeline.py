@@ -271,7 +271,10 @@ class Pipeline:
         begun: i64 = -1
         while self._watch.wait():
             if self._begun == begun:
-                self._take_over()
+                try:
+                    self._take_over()
+                except Exception:  # the serving thread will find that it has no job, and say so
+                    log.exception("%s: a bug kept the ring from another thread", self._name)
             begun = self._begun
 
     def _take_over(self) -> None:
@@ -303,8 +306,8 @@ class Pipeline:
         payload.uses = 1
         job = self._job(head, self._tag, message, self._fids, payload, None)
         job.moves_data = type(message) in _MOVES_DATA
-        self._touching += job.moves_data
         self._jobs.adopt(job)
+        self._touching += job.moves_data
         self._turn.job = job
         log.debug("%s: tag %d takes long: %s", self._name, job.tag, message)
 

@@ -40,7 +40,7 @@ class Workers:
         return True
 
     def reserve(self) -> bool:
-        """Have one thread wait for a task, so that the next ``start`` succeeds; False if not."""
+        """Have one thread wait for a task, for the next ``start``; False if none can be had."""
         with self._lock:
             if self._idle:
                 return True

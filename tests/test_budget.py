@@ -113,6 +113,17 @@ def test_whoever_has_lost_the_ring_puts_nothing_aside() -> None:
     assert all(not holder.pins for holder in budget._open)
 
 
+def test_nothing_is_put_aside_beside_another_ring() -> None:
+    """An old connection is at its last batch: what it uses is not pinned."""
+    budget, _ = crowd(1000, lambda: True)
+    budget.begin_serving()
+    assert budget.crowded
+    budget.begin_serving()
+    assert not budget.crowded
+    budget.end_serving()
+    assert budget.crowded
+
+
 def test_files_without_a_way_back_are_not_asked_again_at_once() -> None:
     asked = 0
 

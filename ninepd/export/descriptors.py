@@ -2,7 +2,8 @@
 
 A ``Holder`` owns one descriptor, or none while it is put aside. Whoever reads ``fd`` gets an open
 one. It stays open as long as the holder is pinned; without a pin until the next ``make_room``,
-which is called only by the thread that serves the ring, between requests. So a request that may
+which is called only by the thread that serves the ring, between requests, and does nothing while
+the ring of another connection is served as well. So a request that may
 outlast that moment pins what it uses: its fids' holders are pinned when it becomes a job, and what
 it finds on its way is pinned at once (``HandleTable.adopt``), until its end.
 

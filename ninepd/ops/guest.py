@@ -3,8 +3,8 @@
 Fids, opened files, locks and values of extended attributes: what a guest relies on is here or
 reached from here, nowhere else.
 
-Threads: the device thread runs everything on local file systems, workers run ``Later`` work and
-everything on remote ones (jobs.py).
+Threads: any. Requests that use one fid in ways that do not go together come one after the other
+(jobs.py); fids that are in use outlast their clunk.
 """
 
 import errno
