@@ -1,10 +1,10 @@
 """The typed face of the C file's rings: guest memory, and the virtqueue of one device.
 
-Contract. ``wait`` and ``push`` are called by one thread at a time, the device thread, which may be
-another one later. Between the two a request's slot belongs to one thread, which alone calls the
-bulk functions on it. ``wake`` and ``set_call`` may come from anywhere. All else, and every change to
-the memory, needs the ring parked and nobody in a bulk function; after such a change comes
-``relocate``.
+Contract. ``wait`` and ``push`` are called by one thread at a time, the device thread, which may
+be another one later. Between the two a request's slot belongs to one thread, which alone calls
+the bulk functions on it. ``wake`` and ``set_call`` may come from anywhere. All else, and every
+change to the memory, needs the ring parked and nobody in a bulk function; after such a change
+comes ``relocate``.
 """
 
 import errno
