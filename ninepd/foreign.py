@@ -11,7 +11,6 @@ a thread of its own.
 import contextlib
 import fcntl
 import os
-import queue
 import re
 import socket
 import stat
@@ -22,6 +21,7 @@ from typing import Final
 from ninepd.errors import Refused
 from ninepd.syscalls import fd_path
 from ninepd.vring import device_of
+from ninepd.workers import Workers
 
 _EVENTFD: Final = "anon_inode:[eventfd]"
 _LOCAL: Final = frozenset(
@@ -115,35 +115,42 @@ def _file_system(fd: int) -> str | None:
     return types.get(f"{os.major(number_of_device)}:{os.minor(number_of_device)}")
 
 
-class _Closer:
-    """Closes what may take its time; its thread begins when it is first needed."""
-
-    def __init__(self) -> None:
-        self._fds: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def close(self, fd: int) -> None:
-        self._fds.put(fd)
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="closer", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # no thread can be had; the next one to close tries again
-                return
-            self._thread = thread
-
-    def _run(self) -> None:
-        while True:
-            _close(self._fds.get())
-
-
 def _close(fd: int) -> None:
     # What a file system has to say at close is no concern of ours.
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
-_closer: Final = _Closer()
+class _Closers:
+    """Close what may take its time, each on a thread that hangs alone: up to so many of them."""
+
+    def __init__(self, limit: int) -> None:
+        self._workers = Workers("closer")
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._fds: list[int] = []
+        self._running = 0
+
+    def close(self, fd: int) -> None:
+        with self._lock:
+            self._fds.append(fd)
+            if self._running == self._limit:
+                return
+            self._running += 1
+        if not self._workers.start(self._run):
+            self._run()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._fds:
+                    self._running -= 1
+                    return
+                fd = self._fds.pop()
+            _close(fd)
+
+
+_closers: Final = _Closers(32)
 
 
 def close(fd: int) -> None:
@@ -151,7 +158,7 @@ def close(fd: int) -> None:
     if _is_eventfd(fd) or _is_shared_memory(fd):
         _close(fd)
     else:
-        _closer.close(fd)
+        _closers.close(fd)
 
 
 class Held:

@@ -151,18 +151,22 @@ class Jobs:
         self._followers[tag] = job
 
     def must_wait(
-        self, message: Any, fids: list[Fid], exclusive: bool, locks: Handle | None
+        self, message: Any, fids: list[Fid], exclusive: bool, locks: Handle | None, changes: bool
     ) -> bool:
         """Would a request have to wait for a job, or is it likely to hold up the ring?
 
-        The latter is only worth a worker as long as some are left for other file systems.
+        The latter is only worth a worker as long as some are left for other file systems. Beyond
+        that it is tried on the ring all the same, for what only looks may be answered from memory,
+        where ``changes`` of a file system that has held up many can wait.
         """
         if not self.by_tag:
             return False
         if fids and self._late_on:
             volume = fids[0].handle.volume
-            is_late = (volume, type(message)) in self._late_on
-            if is_late and self._running_on[volume] < self._limit_each:
+            late = self._late_on[volume, type(message)]
+            if late and self._running_on[volume] < self._limit_each:
+                return True
+            if late >= self._limit_each and changes:
                 return True
         blocked = {key for job in self._held for key in (*job.shared, *job.alone)}
         shared: list[Any] = [] if exclusive else list(fids)
@@ -231,9 +235,9 @@ class Jobs:
         """None will be answered. Those that run end by themselves and let go of what they own."""
         with self._close_lock:  # no wake comes after this: its descriptor may be closed then
             self._closed = True
-        for job in self._held:
-            job.guest.let_go(job.fids)
-        self._held.clear()
+        held, self._held = self._held, []
+        if held and not self._workers.start(partial(_let_go, held)):
+            _let_go(held)
 
     def _forget(self, job: Job) -> None:
         del self.by_tag[job.tag]
@@ -315,6 +319,12 @@ class Jobs:
             log.exception("%s: a bug made a request fail: %s", self._name, type(job.message))
             reply = job.guest.session.error(errno.EIO)
         self.finish(job, reply)
+
+
+def _let_go(jobs: list[Job]) -> None:
+    """Perhaps the last that use a file: closing it may have to wait for its storage."""
+    for job in jobs:
+        job.guest.let_go(job.fids)
 
 
 def _less(counter: "Counter[Any]", key: Any) -> None:

@@ -47,6 +47,7 @@ class LineHandler(logging.Handler):
             kind = self._kinds.setdefault((record.name, str(record.msg)), _Kind(now))
             kind.count += 1
             if kind.count > BURST:
+                record.exc_info = None  # it would keep all that the frames hold
                 kind.last = record
                 return
         self._write(record)

@@ -304,7 +304,9 @@ class Pipeline:
         """Of the request that the serving thread is in."""
         message, payload = self._message, self._payload(head)
         payload.uses = 1
-        job = self._job(head, self._tag, message, self._fids, payload, None)
+        # A clunk may have given up its locks, or be about to: who knows.
+        locks = self._fids[0].handle if type(message) in _LOCKS | _CLUNKS else None
+        job = self._job(head, self._tag, message, self._fids, payload, None, locks)
         job.moves_data = type(message) in _MOVES_DATA
         self._jobs.adopt(job)
         self._touching += job.moves_data
@@ -460,8 +462,9 @@ class Pipeline:
                 return True
         if row.message is Tattach and self._guest.tree.root.remote:
             return True
-        exclusive = row.is_exclusive(message, fids)
-        return self._jobs.must_wait(message, fids, exclusive, _locks(message, fids))
+        exclusive, locks = row.is_exclusive(message, fids), _locks(message, fids)
+        changes = row.may_change or row.message is Twrite
+        return self._jobs.must_wait(message, fids, exclusive, locks, changes)
 
     # Requests that leave, and come back
 
@@ -473,7 +476,8 @@ class Pipeline:
         except OSError as error:
             self._answer(head, tag, self._error(tag, error))
             return
-        self._jobs.add(self._job(head, tag, message, fids, private, work))
+        locks = _locks(message, fids)
+        self._jobs.add(self._job(head, tag, message, fids, private, work, locks))
 
     def _private(self, slot: ChainPayload, message: Any) -> PrivatePayload:
         private = PrivatePayload(slot.room, self._buffers)
@@ -491,6 +495,7 @@ class Pipeline:
         fids: list[Fid],
         payload: Payload,
         work: Callable[[Payload], Reply] | None,
+        locks: Handle | None = None,
     ) -> Job:
         row = self._rows[NUMBERS[type(message)]]
         return Job(
@@ -502,7 +507,7 @@ class Pipeline:
             payload,
             work,
             bool(fids) and row.is_exclusive(message, fids),
-            _locks(message, fids),
+            locks,
         )
 
     def _session_message(self, head: int, tag: int, message: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import select
 import sys
 from typing import Final, Protocol, cast
 
@@ -34,9 +35,15 @@ def open_standard_descriptors() -> None:
 
 
 def write_error(line: str) -> None:
-    """A line to standard error, in one piece; whether somebody reads it or not."""
+    """A line to standard error, in one piece; whether somebody reads it or not.
+
+    Where there is no room for it, because somebody has a pipe and does not read, it is lost.
+    """
+    ready = select.poll()
+    ready.register(2, select.POLLOUT)
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+        if ready.poll(0):
+            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def raise_file_limit() -> int:

@@ -1,6 +1,6 @@
-"""The threads of one device. Each runs a task at a time: a request that may wait, the ring itself,
-or the watch over it. So whoever serves the ring can stay with a system call that does not return,
-and another thread of the same kind serves on.
+"""Threads for what may wait. Those of a device run a request each, the ring itself, or the watch
+over it. So whoever serves the ring can stay with a system call that does not return, and another
+thread of the same kind serves on.
 """
 
 import queue

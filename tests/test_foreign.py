@@ -23,7 +23,7 @@ from ninepd.vhostuser.messages import (
     MemoryRegion,
     Request,
 )
-from tests.client import Client
+from tests.client import Client, Daemon
 from tests.test_storage import Fuse
 
 
@@ -157,6 +157,23 @@ def test_a_file_of_a_dead_file_system_delays_nothing(held: str, dead: Fuse, clie
     assert front.ack(9999, b"", [fd]) == 1
     front.get(Request.GET_FEATURES)
     client.walk(0, 1)
+    dead.release()
+    os.close(fd)
+
+
+def test_what_hangs_at_its_close_holds_up_no_other(
+    dead: Fuse, client: Client, daemon: Daemon
+) -> None:
+    """A second front end is still told that it is refused: its socket is closed aside, too."""
+    fd = os.open(dead.target / "f", os.O_RDWR)
+    dead.hold("flush", "/f")
+    client.front_end.send(Request.GET_FEATURES, fds=[fd])
+    client.front_end.receive(Request.GET_FEATURES)
+    dead.wait_held("flush", "/f")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second:
+        second.settimeout(20)
+        second.connect(daemon.socket)
+        assert second.recv(1) == b""
     dead.release()
     os.close(fd)
 

@@ -23,7 +23,7 @@ LAYERS: Final = (
     {"control", "device", "frontend"},
     {"pipeline"},
     {"answers", "framing", "jobs"},
-    {"payload", "workers"},
+    {"payload"},
     {"ops"},
     {"export"},
     {"config"},
@@ -31,7 +31,7 @@ LAYERS: Final = (
     {"logs"},
     {"foreign"},
     {"vring", "syscalls", "stats", "capabilities", "process", "mounts"},
-    {"errors", "statelock", "tuples", "_libvring", "ninepd"},
+    {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""
 RANK: Final = {name: rank for rank, names in enumerate(LAYERS) for name in names}

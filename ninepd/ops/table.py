@@ -45,7 +45,8 @@ class Row:
         self._count: i32 = len(positions)
         self._first: i32 = positions[0] if positions else 0
         self._second: i32 = positions[1] if len(positions) > 1 else 0
-        self._may_change = changes is not False
+        self.may_change = changes is not False
+        """Are there messages of this type that do change the export?"""
         self._exclusive = exclusive
         self._changes = changes
         self.clunks = clunks
@@ -78,7 +79,7 @@ class Row:
 
     def serve(self, guest: Guest, message: Any, payload: Payload, fids: list[Fid]) -> Reply:
         """Call the handler, unless the message may not be served; raises OSError."""
-        if self._may_change and guest.readonly and self.changes(message):
+        if self.may_change and guest.readonly and self.changes(message):
             if self.clunks:
                 guest.retire(guest.remove(message.fid, fids[0]))
             refuse()
