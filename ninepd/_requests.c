@@ -19,6 +19,8 @@ static int np_vring_copy(np_vring *v, int stream, uint32_t slot, uint64_t skip, 
                          uint64_t len);
 static int64_t np_vring_move(np_vring *v, int stream, uint32_t slot, uint64_t skip, int fd,
                              uint64_t count, int64_t offset, int flags);
+static int64_t np_vring_write(np_vring *v, uint32_t slot, uint64_t skip, int fd, uint64_t count,
+                              int64_t offset, int keep_set_ids);
 /* cdef-end */
 
 enum { PREFIX = 7, TYPE = 4, TAG = 5 }; /* of a 9P message: size[4] type[1] tag[2] */
@@ -231,4 +233,11 @@ static int64_t np_vring_move(np_vring *v, int stream, uint32_t at, uint64_t skip
     if (slot->gone)
         return -EFAULT;
     return move(&v->chains, slot, stream, skip, fd, count, offset, flags);
+}
+
+/* The same from the readable stream, on behalf of somebody who may leave set-ID bits or not. */
+static int64_t np_vring_write(np_vring *v, uint32_t at, uint64_t skip, int fd, uint64_t count,
+                              int64_t offset, int keep_set_ids) {
+    int error = nd_keep_set_ids(keep_set_ids);
+    return error ? error : np_vring_move(v, NP_READABLE, at, skip, fd, count, offset, 0);
 }

@@ -14,7 +14,6 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/capability.h>
 #include <linux/openat2.h>
 #include <linux/securebits.h>
 #include <stdbool.h>
@@ -74,7 +73,6 @@ int nd_file_handle(int fd, uint8_t *out);
 int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags);
 int64_t nd_getxattr(int fd, const char *name, uint8_t *out, uint32_t size);
 int nd_keep_capabilities(void);
-int nd_keep_set_ids(int keep);
 /* cdef-end */
 
 #define SCOPED (RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
@@ -435,24 +433,5 @@ int nd_keep_capabilities(void) {
     int bits = prctl(PR_GET_SECUREBITS);
     if (bits < 0 || prctl(PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) < 0)
         return -errno;
-    return 0;
-}
-
-/* Whether setuid and setgid bits outlive what this thread writes, or go as when an ordinary user
- * writes: that is CAP_FSETID (capabilities(7)), which a thread without it never has. */
-int nd_keep_set_ids(int keep) {
-    static _Thread_local int kept = -1;
-    if (kept == keep)
-        return 0;
-    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3];
-    if (syscall(SYS_capget, &head, data) < 0)
-        return -errno;
-    data[0].effective &= ~(1U << CAP_FSETID);
-    if (keep)
-        data[0].effective |= data[0].permitted & 1U << CAP_FSETID;
-    if (syscall(SYS_capset, &head, data) < 0)
-        return -errno;
-    kept = keep;
     return 0;
 }

@@ -13,6 +13,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (
+    "_setids.c",
     "_memory.c",
     "_signals.c",
     "_dirty.c",

@@ -6,7 +6,7 @@ from typing import Final
 
 from ninepd.ops.replies import Payload
 from ninepd.p9.messages import HEADER_SIZE, IO_HEADER, WRITE_HEADER
-from ninepd.syscalls import GETATTR_BODY, copy, view
+from ninepd.syscalls import GETATTR_BODY, copy, keep_set_ids, view
 from ninepd.vring import Vring
 
 _SMALL: Final = 1 << 16
@@ -57,8 +57,8 @@ class ChainPayload(Payload):
     def read(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
         return self.vring.readv(self.head, IO_HEADER + skip, fd, count, offset, flags)
 
-    def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
-        return self.vring.writev(self.head, WRITE_HEADER + skip, fd, count, offset, flags)
+    def write(self, fd: int, skip: int, count: int, offset: int, uid: int) -> int:
+        return self.vring.writev(self.head, WRITE_HEADER + skip, fd, count, offset, uid == 0)
 
     def put(self, data: bytes, skip: int = 0) -> None:
         if data:
@@ -100,10 +100,11 @@ class PrivatePayload(Payload):
         self._end = skip + got
         return got
 
-    def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
+    def write(self, fd: int, skip: int, count: int, offset: int, uid: int) -> int:
+        keep_set_ids(uid == 0)
         assert self._buffer is not None  # noqa: S101 - there is nothing to write without data
         with memoryview(self._buffer) as whole, whole[skip : skip + count] as source:
-            return os.pwritev(fd, [source], offset, flags)
+            return os.pwrite(fd, source, offset)
 
     def put(self, data: bytes, skip: int = 0) -> None:
         self._buffer, self._start, self._end = bytearray(data), skip, skip + len(data)

@@ -138,7 +138,8 @@ class Pipeline:
         self._begun: i64 = 0
         self._tag = 0
         self._message: Any = None
-        self._fids: list[Fid] = []
+        self._fid: Fid | None = None
+        self._other: Fid | None = None
         self._entry: tuple[int, ...] = ()
         """As it came from the batch, while there is made room for it."""
         self._turn = Turn()
@@ -303,10 +304,11 @@ class Pipeline:
     def _make_job(self, head: int) -> None:
         """Of the request that the serving thread is in."""
         message, payload = self._message, self._payload(head)
+        fids = _listed(self._fid, self._other)
         payload.uses = 1
         # A clunk may have given up its locks, or be about to: who knows.
-        locks = self._fids[0].handle if type(message) in _LOCKS | _CLUNKS else None
-        job = self._job(head, self._tag, message, self._fids, payload, None, locks)
+        locks = fids[0].handle if type(message) in _LOCKS | _CLUNKS else None
+        job = self._job(head, self._tag, message, fids, payload, None, locks)
         job.moves_data = type(message) in _MOVES_DATA
         self._jobs.adopt(job)
         self._touching += job.moves_data
@@ -416,20 +418,23 @@ class Pipeline:
             if row.handler is None:
                 self._session_message(head, tag, message)
                 return True
-            fids = row.resolve(guest.session, message)
-            if (jobs.by_tag or self._volumes.remote) and self._must_leave(row, message, fids):
-                work = partial(row.serve_held, guest, message, fids=fids)
-                self._hand_over(head, tag, message, fids, work)
-                return True
+            fid = row.fid(guest.session, message)
+            other = row.other(guest.session, message)
+            if jobs.by_tag or self._volumes.remote:
+                fids = _listed(fid, other)
+                if self._must_leave(row, message, fids):
+                    work = partial(row.serve_held, guest, message, fid, other)
+                    self._hand_over(head, tag, message, fids, work)
+                    return True
         except Exception as error:
             self._answer(head, tag, self._error(tag, error))
             return True
-        self._tag, self._message, self._fids = tag, message, fids
+        self._tag, self._message, self._fid, self._other = tag, message, fid, other
         self._begun += 1
         claim = turn.claim
         claim.append(head)
         try:
-            reply = row.serve(guest, message, payload, fids)
+            reply = row.serve(guest, message, payload, fid, other)
         except Exception as error:
             reply = self._error(tag, error)
         if claim.pop() is None:
@@ -438,7 +443,7 @@ class Pipeline:
         if payload.pins:
             self._handles.unpin(payload.pins)
         if isinstance(reply, Later):
-            self._hand_over(head, tag, message, fids, reply.work)
+            self._hand_over(head, tag, message, _listed(fid, other), reply.work)
         else:
             self._answers.finish(head, tag, reply, payload.room + IO_HEADER)
         return True
@@ -503,7 +508,7 @@ class Pipeline:
             tag,
             self._guest,
             message,
-            list(dict.fromkeys(fids)),
+            fids,
             payload,
             work,
             bool(fids) and row.is_exclusive(message, fids),
@@ -561,6 +566,13 @@ class Pipeline:
             self._answer(job.head, job.tag, job.reply)
         for head, tag in job.flushes:
             self._answer(head, tag, Rflush())
+
+
+def _listed(fid: Fid | None, other: Fid | None) -> list[Fid]:
+    """Each once."""
+    if fid is None:
+        return []
+    return [fid] if other is None or other is fid else [fid, other]
 
 
 def _locks(message: Any, fids: list[Fid]) -> Handle | None:

@@ -87,6 +87,17 @@ class _Lib(Protocol):
         flags: int,
         /,
     ) -> int: ...
+    def np_vring_write(
+        self,
+        ring: "Ring",
+        slot: int,
+        skip: int,
+        fd: int,
+        count: int,
+        offset: int,
+        keep_set_ids: bool,
+        /,
+    ) -> int: ...
     def np_signal(self, fd: int, /) -> None: ...
     def np_watch_new(self, tick_us: int, /) -> "CData": ...
     def np_watch_free(self, watch: "CData", /) -> None: ...
@@ -380,8 +391,11 @@ class Vring:
             _lib.np_vring_move(self._ring, _lib.NP_WRITABLE, slot, skip, fd, count, offset, flags)
         )
 
-    def writev(self, slot: int, skip: int, fd: int, count: int, offset: int, flags: int = 0) -> int:
-        """pwritev2 from the readable stream to a file; otherwise as readv."""
-        return _check(
-            _lib.np_vring_move(self._ring, _lib.NP_READABLE, slot, skip, fd, count, offset, flags)
-        )
+    def writev(
+        self, slot: int, skip: int, fd: int, count: int, offset: int, keep_set_ids: bool = True
+    ) -> int:
+        """pwritev2 from the readable stream to a file; otherwise as readv.
+
+        ``keep_set_ids`` as for ``syscalls.keep_set_ids``.
+        """
+        return _check(_lib.np_vring_write(self._ring, slot, skip, fd, count, offset, keep_set_ids))

@@ -45,9 +45,10 @@ class Session:
         if data:
             payload.put(data)
             payload.available = len(data)
-        fids = row.resolve(self.guest.session, message)
+        session = self.guest.session
+        fids = row.fid(session, message), row.other(session, message)
         try:
-            reply = row.serve(self.guest, message, payload, fids)
+            reply = row.serve(self.guest, message, payload, *fids)
             while isinstance(reply, Later):
                 reply = reply.work(payload)
         finally:

@@ -127,14 +127,21 @@ def outcome(call: Callable[[], Reply]) -> str:
     return "ok"
 
 
-def handled(guest: Guest, row: Row, message: Any, fids: list[Fid]) -> str:
+Fids = tuple[Fid | None, Fid | None]
+
+
+def resolved(row: Row, guest: Guest, message: Any) -> Fids:
+    return row.fid(guest.session, message), row.other(guest.session, message)
+
+
+def handled(guest: Guest, row: Row, message: Any, fids: Fids) -> str:
     """What the handler says, nobody having asked the row before."""
     handler = row.handler
     assert handler is not None
-    said = outcome(lambda: handler(guest, message, payload(), *fids))
+    said = outcome(lambda: handler(guest, message, payload(), *filter(None, fids)))
     if row.message is p9.Txattrcreate and said == "ok":  # it takes effect here
         clunk = ROWS[Dialect.L][p9.NUMBERS[p9.Tclunk]]
-        said = outcome(lambda: clunk.serve(guest, p9.Tclunk(message.fid), payload(), fids))
+        said = outcome(lambda: clunk.serve(guest, p9.Tclunk(message.fid), payload(), *fids))
     return said
 
 
@@ -149,7 +156,7 @@ def test_a_row_changes_the_export_if_it_says_so(
 ) -> None:
     """The host refuses what the row says changes it, and nothing else."""
     guest = made(ReadonlyHost(LocalHost()), dialect)
-    fids = row.resolve(guest.session, message)
+    fids = resolved(row, guest, message)
     refused = handled(guest, row, message, fids) == "EROFS"
     assert refused == row.changes(message)
 
@@ -159,8 +166,8 @@ def test_changes_of_a_read_only_export_are_refused_at_once(
     made: Made, dialect: Dialect, row: Row, message: Any
 ) -> None:
     guest = made(ReadonlyHost(LocalHost()), dialect)
-    fids = row.resolve(guest.session, message)
-    said = outcome(lambda: row.serve(guest, message, payload(), fids))
+    fids = resolved(row, guest, message)
+    said = outcome(lambda: row.serve(guest, message, payload(), *fids))
     assert (said == "EROFS") == row.changes(message)
     if row.clunks:
         assert guest.session.fids.get(message.fid) is None
@@ -171,9 +178,9 @@ def test_every_sample_is_served_otherwise(
     made: Made, dialect: Dialect, row: Row, message: Any
 ) -> None:
     guest = made(LocalHost(), dialect)
-    fids = row.resolve(guest.session, message)
+    fids = resolved(row, guest, message)
     expected = "ENOTSUP" if row.message is p9.Tauth else "ok"
-    assert outcome(lambda: row.serve(guest, message, payload(), fids)) == expected
+    assert outcome(lambda: row.serve(guest, message, payload(), *fids)) == expected
 
 
 @each_case
@@ -182,10 +189,10 @@ def test_fids_that_a_row_names_must_exist(
 ) -> None:
     """In the order of the fields; and a fid that was clunked meanwhile is no fid any more."""
     guest = made(LocalHost(), dialect)
-    fids = row.resolve(guest.session, message)
-    if not fids:
+    fids = resolved(row, guest, message)
+    if not any(fids):
         return
     for number in (ROOT, FILE, LINK, READING, LISTING):
         guest.retire(guest.remove(number, guest.session.get(number)))
-    assert outcome(lambda: row.resolve(guest.session, message)) == "ENOENT"
-    assert outcome(lambda: row.serve_held(guest, message, payload(), fids)) == "ENOENT"
+    assert outcome(lambda: resolved(row, guest, message)) == "ENOENT"
+    assert outcome(lambda: row.serve_held(guest, message, *fids, payload())) == "ENOENT"

@@ -44,8 +44,8 @@ class ByHead:
     def readv(self, head: int, *rest: int) -> int:
         return self.vring.readv(self.slot(head), *rest)
 
-    def writev(self, head: int, *rest: int) -> int:
-        return self.vring.writev(self.slot(head), *rest)
+    def writev(self, head: int, skip: int, fd: int, count: int, offset: int) -> int:
+        return self.vring.writev(self.slot(head), skip, fd, count, offset)
 
     def scatter(self, head: int, skip: int, data: bytes | bytearray | memoryview) -> None:
         self.vring.scatter(self.slot(head), skip, data)

@@ -180,7 +180,7 @@ def _read_rest(file: Opened, offset: int, count: int, done: int, payload: Payloa
     return made(Rread, (done,))
 
 
-def write(guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
+def write(_guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
     """Data into the page cache; on a worker if the file was opened to be written through."""
     if message.nbytes > payload.available:
         raise OSError(errno.EINVAL, f"{message.nbytes} bytes announced, {payload.available} came")
@@ -189,17 +189,16 @@ def write(guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
     file = fid.open_file()
     _check_offset(message.offset, message.nbytes)
     if file.synchronous and not fid.handle.in_memory:
-        return Later(partial(_write_all, guest.host, fid.uid, file, message))
-    return _write_all(guest.host, fid.uid, file, message, payload)
+        return Later(partial(_write_all, fid.uid, file, message))
+    return _write_all(fid.uid, file, message, payload)
 
 
-def _write_all(host: Host, uid: int, file: Opened, message: Twrite, payload: Payload) -> Reply:
-    host.act_for(uid)
+def _write_all(uid: int, file: Opened, message: Twrite, payload: Payload) -> Reply:
     fd = file.fd
     done = 0
     while done < message.nbytes:
         try:
-            got = payload.write(fd, done, message.nbytes - done, message.offset + done)
+            got = payload.write(fd, done, message.nbytes - done, message.offset + done, uid)
         except OSError:
             if not done:
                 raise

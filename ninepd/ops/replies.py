@@ -35,8 +35,11 @@ class Payload:
         """preadv2 into the reply's data after ``skip`` bytes; returns bytes, raises OSError."""
 
     @abstractmethod
-    def write(self, fd: int, skip: int, count: int, offset: int, flags: int = 0) -> int:
-        """pwritev2 from the request's data after ``skip`` bytes; returns bytes, raises OSError."""
+    def write(self, fd: int, skip: int, count: int, offset: int, uid: int) -> int:
+        """Pwrite from the request's data after ``skip`` bytes; returns bytes, raises OSError.
+
+        As ``Host.act_for`` a guest's user.
+        """
 
     @abstractmethod
     def put(self, data: bytes, skip: int = 0) -> None:

@@ -42,7 +42,8 @@ class Row:
         self.handler = handler
         """None: it concerns the session or other requests (pipeline.py)."""
         positions = [message._fields.index(name) for name in fids]
-        self._count: i32 = len(positions)
+        self.count: i32 = len(positions)
+        """How many fids it uses."""
         self._first: i32 = positions[0] if positions else 0
         self._second: i32 = positions[1] if len(positions) > 1 else 0
         self.may_change = changes is not False
@@ -57,12 +58,15 @@ class Row:
         self.reply_size = max(p9.RLERROR_SIZE, p9.HEADER_SIZE + answer.size if answer else 0)
         """What its reply takes at least: checked first, so that nothing is done in vain."""
 
-    def resolve(self, session: Session[Fid], message: tuple[Any, ...]) -> list[Fid]:
-        """The fids that it uses; ENOENT if there is none of that number."""
-        if not self._count:
-            return []
-        fid = session.get(message[self._first])
-        return [fid] if self._count == 1 else [fid, session.get(message[self._second])]
+    def fid(self, session: Session[Fid], message: tuple[Any, ...]) -> Fid | None:
+        """The first of the fids that it uses, if there are any; ENOENT if there is none of that
+        number.
+        """
+        return session.get(message[self._first]) if self.count else None
+
+    def other(self, session: Session[Fid], message: tuple[Any, ...]) -> Fid | None:
+        """The second, likewise."""
+        return session.get(message[self._second]) if self.count > 1 else None
 
     def is_exclusive(self, message: Any, fids: list[Fid]) -> bool:
         """Is a fid not what it was before, or does the order matter? No other may use it then."""
@@ -77,26 +81,29 @@ class Row:
         decide = self._changes
         return decide if isinstance(decide, bool) else decide(message)
 
-    def serve(self, guest: Guest, message: Any, payload: Payload, fids: list[Fid]) -> Reply:
+    def serve(
+        self, guest: Guest, message: Any, payload: Payload, fid: Fid | None, other: Fid | None
+    ) -> Reply:
         """Call the handler, unless the message may not be served; raises OSError."""
         if self.may_change and guest.readonly and self.changes(message):
-            if self.clunks:
-                guest.retire(guest.remove(message.fid, fids[0]))
+            if self.clunks and fid is not None:
+                guest.retire(guest.remove(message.fid, fid))
             refuse()
         handler = self.handler
         assert handler is not None  # noqa: S101 - of those that the pipeline gives to us
-        if self._count == 1:
-            return handler(guest, message, payload, fids[0])
-        if self._count:
-            return handler(guest, message, payload, fids[0], fids[1])
+        if other is not None:
+            return handler(guest, message, payload, fid, other)
+        if fid is not None:
+            return handler(guest, message, payload, fid)
         return handler(guest, message, payload)
 
-    def serve_held(self, guest: Guest, message: Any, payload: Payload, fids: list[Fid]) -> Reply:
+    def serve_held(
+        self, guest: Guest, message: Any, fid: Fid | None, other: Fid | None, payload: Payload
+    ) -> Reply:
         """As ``serve``, for one that had to wait; ENOENT if a fid was clunked meanwhile."""
-        for fid in fids:
-            if fid.doomed:
-                raise FileNotFoundError(errno.ENOENT, "the fid was clunked meanwhile")
-        return self.serve(guest, message, payload, fids)
+        if (fid is not None and fid.doomed) or (other is not None and other.doomed):
+            raise FileNotFoundError(errno.ENOENT, "the fid was clunked meanwhile")
+        return self.serve(guest, message, payload, fid, other)
 
 
 def _walks_itself(message: p9.Twalk, _fid: Fid) -> bool:
