@@ -33,10 +33,10 @@ else:  # nothing can be derived from what is compiled
 class Counted(Base):
     """Counts how often the host would be asked."""
 
-    def __init__(self, budget: Budget, number: int, may_rest: Callable[[], bool]) -> None:
+    def __init__(self, budget: Budget, number: int, may_reclaim: Callable[[], bool]) -> None:
         super().__init__(number)
         self._budget = budget
-        self._may_rest = may_rest
+        self._may_rest = may_reclaim
         with budget.lock:
             budget.add(self)
 
@@ -47,16 +47,16 @@ class Counted(Base):
     def _restore(self) -> int:
         return 0
 
-    def may_rest(self) -> bool:
+    def may_reclaim(self) -> bool:
         return self._may_rest()
 
 
-def crowd(count: int, may_rest: Callable[[], bool]) -> tuple[Budget, list[int]]:
+def crowd(count: int, may_reclaim: Callable[[], bool]) -> tuple[Budget, list[int]]:
     """A budget that is full of idle holders; and the numbers that it has closed."""
     closed: list[int] = []
     budget = Budget(count, closed.append)
     for number in range(count):
-        Counted(budget, number, may_rest).recent = False
+        Counted(budget, number, may_reclaim).recent = False
     return budget, closed
 
 
@@ -135,7 +135,7 @@ def test_files_without_a_way_back_are_not_asked_again_at_once() -> None:
     budget, _ = crowd(1000, refuse)
     with budget.lock:  # so that it is crowded, but something is left
         for holder in budget._open[900:]:
-            holder.leave()
+            holder.forget()
     for _ in range(100):
         budget.make_room()
     assert asked < 100 * SLICE
@@ -148,7 +148,7 @@ def tree(export: Path) -> Iterator[Tree]:
     tree = Tree(os.open(export, os.O_PATH), UnmappedHost(), budget=32, reclaim=Reclaim.HANDLES)
     yield tree
     tree.close()
-    assert (tree.handles.budget.used, tree.handles.budget.resting) == (0, 0)
+    assert (tree.handles.budget.used, tree.handles.budget.reclaimed) == (0, 0)
 
 
 def test_a_session_ends_in_slices(tree: Tree) -> None:
@@ -232,7 +232,7 @@ def test_the_rest_of_a_request_takes_a_holder(tree: Tree) -> None:
     payload = private()
     rest = Later(lambda payload: files._read_rest(file, 0, 100, 0, payload))
     with tree.handles.budget.lock:
-        number = file.rest()
+        number = file.reclaim()
     os.close(number)
     stranger = os.open(__file__, os.O_RDONLY)
     try:

@@ -209,7 +209,7 @@ def test_threads_that_share_few_descriptors(tmp_path: Path, reclaim: Reclaim) ->
     assert [wrong for worker in workers for wrong in worker.wrong] == []
     assert all(worker.used for worker in workers)
     budget = tree.handles.budget
-    assert (budget.used, budget.resting) == (1, 0)
+    assert (budget.used, budget.reclaimed) == (1, 0)
     tree.close()
-    assert (budget.used, budget.resting) == (0, 0)
+    assert (budget.used, budget.reclaimed) == (0, 0)
     assert os.listdir("/proc/self/fd") == before

@@ -209,7 +209,7 @@ def test_a_guest_goes_on_in_another_process(
         go_on(other, export, listed)
         other.end()
         budget = other.guest.tree.handles.budget
-        assert (budget.used, budget.resting) == (0, 0)
+        assert (budget.used, budget.reclaimed) == (0, 0)
         assert set(os.listdir("/proc/self/fd")) == before
 
     in_child(work)

@@ -1,6 +1,6 @@
-"""Descriptors as a budget: what is idle is put aside when they run short, and comes back on use.
+"""Descriptors as a budget: what is idle is reclaimed when they run short, and comes back on use.
 
-A ``Holder`` owns one descriptor, or none while it is put aside. Whoever reads ``fd`` gets an open
+A ``Holder`` owns one descriptor, or none while it is reclaimed. Whoever reads ``fd`` gets an open
 one. It stays open as long as the holder is pinned; without a pin until the next ``make_room``,
 which is called only by the thread that serves the ring, between requests, and does nothing while
 the ring of another connection is served as well. So a request that may
@@ -90,14 +90,14 @@ class Holder:
 
     def _bring_back(self) -> int:
         try:
-            return self.give(self._restore())
+            return self.regain(self._restore())
         except OSError:
             fd = self._fd
             if fd >= 0:  # another thread was faster, and the file may have moved since
                 return fd
             raise
 
-    def give(self, fd: int) -> int:
+    def regain(self, fd: int) -> int:
         """Take over a descriptor of the same file, if there is none already. Returns what is held.
 
         ESTALE if the file was let go meanwhile.
@@ -112,29 +112,29 @@ class Holder:
         return held
 
     def take(self, fd: int) -> int:
-        """As ``give``, under the lock; returns what is to be closed, or -1."""
+        """As ``regain``, under the lock; returns what is to be closed, or -1."""
         if self._fd != -1:  # another thread was faster
             return fd
         self._fd = fd
         self.recent = True
-        self.budget.resting -= 1
+        self.budget.reclaimed -= 1
         self.budget.add(self)
         return -1
 
-    def leave(self) -> int:
+    def forget(self) -> int:
         """Not be counted any more; under the lock. Returns what is to be closed, or -1."""
         fd = self._fd
         if fd >= 0:
             self.budget.remove(self)
         elif fd == -1:
-            self.budget.resting -= 1
+            self.budget.reclaimed -= 1
         self._fd = _GONE
         return fd if fd >= 0 else -1
 
-    def rest(self) -> int:
+    def reclaim(self) -> int:
         """Have no descriptor until the next use; under the lock. Returns what is to be closed."""
         self.budget.remove(self)
-        self.budget.resting += 1
+        self.budget.reclaimed += 1
         fd: int = self._fd
         self._fd = -1
         return fd
@@ -144,7 +144,7 @@ class Holder:
         """Open the same file again; OSError if that cannot be done."""
 
     @abstractmethod
-    def may_rest(self) -> bool:
+    def may_reclaim(self) -> bool:
         """Could ``_restore`` succeed later? Asks the host; the holder is pinned meanwhile."""
 
 
@@ -159,15 +159,15 @@ class Budget:
         """Guards it, its holders' descriptors, and the handle table."""
         self._serving: i32 = 0
         """Threads that serve a ring on these descriptors."""
-        self.resting = 0
-        """Holders that are put aside."""
+        self.reclaimed = 0
+        """Holders that are reclaimed."""
         self._open: list[Holder] = []
         self._hand = 0
         """Who is looked at next, round and round."""
         self._turn = 0
-        """Of whoever makes room: the last to begin may put aside."""
+        """Of whoever makes room: the last to begin may reclaim."""
         self._fruitless = 0
-        """Looks since one was put aside."""
+        """Looks since one was reclaimed."""
         self._calls_to_skip = 0
         self._exhausted = False
         """Has it been said that there are too few? Once, until there is room again."""
@@ -177,11 +177,11 @@ class Budget:
         return len(self._open)
 
     def enter(self, holder: Holder) -> None:
-        """A new holder, which may have been put aside already. Under the lock."""
+        """A new holder, which may be reclaimed already. Under the lock."""
         if holder.is_open:
             self.add(holder)
         else:
-            self.resting += 1
+            self.reclaimed += 1
 
     def add(self, holder: Holder) -> None:
         """Under the lock, like ``remove``."""
@@ -222,7 +222,7 @@ class Budget:
             log.warning("closing an idle file: %s", error)
 
     def begin_serving(self) -> None:
-        """A thread serves a ring from now on. While several do, none may put aside: an old
+        """A thread serves a ring from now on. While several do, none may reclaim: an old
         connection is at its last batch, whose descriptors are not pinned.
         """
         with self.lock:
@@ -273,18 +273,18 @@ class Budget:
                 if holder is None:
                     return
                 holder.pins += 1
-            may_rest = False
+            may_reclaim = False
             fd = -1
             try:
-                may_rest = holder.may_rest()
+                may_reclaim = holder.may_reclaim()
             except OSError as error:
                 log.warning("an idle file cannot be looked at: %s", error)
             with self.lock:
                 holder.pins -= 1
-                if may_rest and self._is_idle(holder) and turn == self._turn:
+                if may_reclaim and self._is_idle(holder) and turn == self._turn:
                     self._hand = holder.at  # of the one that fills the gap
                     self._fruitless = 0
-                    fd = holder.rest()
+                    fd = holder.reclaim()
             if fd >= 0:
                 self.close(fd)
 

@@ -2,7 +2,7 @@
 
 A ``Handle`` is pinned by an O_PATH descriptor, so it stays the same file whatever is renamed,
 replaced or removed on the host. All fids on one inode share one Handle. When descriptors run short
-an idle one is put aside, and the same inode is found again, never another (reclaim.py).
+an idle one is reclaimed, and the same inode is found again, never another (reclaim.py).
 
 References say how long a handle is wanted, pins how long its descriptor must stay open.
 """
@@ -38,13 +38,13 @@ class Handle(Holder):
     __slots__ = (
         "_name",
         "directory",
+        "file_handle",
         "generation",
         "ino",
         "kind",
         "opened",
         "refs",
         "table",
-        "token",
         "volume",
     )
 
@@ -61,8 +61,8 @@ class Handle(Holder):
         """Where it was found: a hint, which may no longer be true. None for the root, and for
         what was found by its ``..``."""
         self._name = b""
-        self.token = b""
-        """Its file handle while it is put aside."""
+        self.file_handle = b""
+        """Its file handle while it is reclaimed."""
         self.opened: tuple[Opened, ...] = ()
         """The files that are open on it."""
 
@@ -96,14 +96,14 @@ class Handle(Holder):
         )
 
     @property
-    def place(self) -> "Place | None":
+    def hint(self) -> "Hint | None":
         """Directory and name that it was found at."""
         return None if self.directory is None else (self.directory, self._name)
 
-    def is_placed(self, directory: "Handle", name: bytes) -> bool:
+    def has_hint(self, directory: "Handle", name: bytes) -> bool:
         return self.directory is directory and self._name == name
 
-    def put_in(self, directory: "Handle | None", name: bytes) -> "Handle | None":
+    def set_hint(self, directory: "Handle | None", name: bytes) -> "Handle | None":
         """Takes over a reference to ``directory``, and gives back the one to the old one."""
         old, self.directory, self._name = self.directory, directory, name
         return old
@@ -122,14 +122,14 @@ class Handle(Holder):
     def stays(self) -> bool:
         return self.volume.remote
 
-    def may_rest(self) -> bool:
-        return self.table.finder.may_rest(self)
+    def may_reclaim(self) -> bool:
+        return self.table.finder.may_reclaim(self)
 
     def _restore(self) -> int:
         return self.table.finder.restore(self)
 
 
-Place: TypeAlias = tuple[Handle, bytes]
+Hint: TypeAlias = tuple[Handle, bytes]
 """Directory and name."""
 
 
@@ -177,7 +177,7 @@ class Opened(Holder):
         handle = self.handle
         with self.budget.lock:
             handle.opened = tuple([other for other in handle.opened if other is not self])
-            fd = self.leave()
+            fd = self.forget()
         if fd >= 0:
             handle.table.host.close(fd)
 
@@ -187,7 +187,7 @@ class Opened(Holder):
         handle = self.handle
         return not handle.volume.by_handle or handle.remote
 
-    def may_rest(self) -> bool:
+    def may_reclaim(self) -> bool:
         return self.handle.table.finder.may_reopen(self)
 
     def _restore(self) -> int:
@@ -213,7 +213,7 @@ class HandleTable:
         budget: Budget,
         volumes: Volumes[Handle],
         by_name: bool,
-        find: Callable[[Handle, int, list[Holder]], Place],
+        find: Callable[[Handle, int, list[Holder]], Hint],
     ) -> None:
         """``by_name``: files are found again by name where that cannot be done by file handle.
 
@@ -225,7 +225,7 @@ class HandleTable:
         self.finder = Finder(self, by_name, find)
         self._lock = budget.lock
 
-    def adopt(self, fd: int, stat: Stat, pins: list[Holder], place: Place | None = None) -> Handle:
+    def adopt(self, fd: int, stat: Stat, pins: list[Holder], hint: Hint | None = None) -> Handle:
         """The Handle of a fresh O_PATH descriptor, which is taken over, even by an error.
 
         ENODEV if it is on a device that may not be reached, EMFILE if no descriptor can be spared.
@@ -244,7 +244,7 @@ class HandleTable:
                         known = volume.handles.get(stat.ino)
                         if known is None or self._was_recycled(known, file_handle):
                             self.budget.check()
-                            known = self._add(fd, stat, volume, place)
+                            known = self._add(fd, stat, volume, hint)
                             surplus = -1
                         elif known.is_open:
                             known.refs += 1
@@ -270,10 +270,10 @@ class HandleTable:
 
     @staticmethod
     def _was_recycled(known: Handle, file_handle: bytes | None) -> bool:
-        """Has the inode number come to another file while the handle was put aside?"""
+        """Has the inode number come to another file while the handle was reclaimed?"""
         return (
             file_handle is not None
-            and file_handle != known.token
+            and file_handle != known.file_handle
             and not known.is_open
             and not any(file.is_open for file in known.opened)
         )
@@ -288,17 +288,19 @@ class HandleTable:
         except OSError:
             return b""
 
-    def _add(self, fd: int, stat: Stat, volume: Volume[Handle], place: Place | None) -> Handle:
+    def _add(self, fd: int, stat: Stat, volume: Volume[Handle], hint: Hint | None) -> Handle:
         handle = volume.handles[stat.ino] = Handle(fd, stat, volume, self)
-        if place is not None:
-            directory, name = place
+        if hint is not None:
+            directory, name = hint
             directory.refs += 1
-            handle.put_in(directory, name)
+            handle.set_hint(directory, name)
         self.budget.add(handle)
         return handle
 
-    def revive(self, fd: int, stat: Stat, token: bytes, known: bool, survey: Survey) -> Handle:
-        """A handle that another process had; ``fd`` is negative if it was put aside.
+    def revive(
+        self, fd: int, stat: Stat, file_handle: bytes, known: bool, survey: Survey
+    ) -> Handle:
+        """A handle that another process had; ``fd`` is negative if it was reclaimed.
 
         ``known``: it is the one that is meant when a look-up finds its inode number. ``survey`` is
         what is known of its volume.
@@ -306,7 +308,7 @@ class HandleTable:
         with self._lock:
             volume = self.volumes.find(stat) or self.volumes.admit(stat, survey)
             handle = Handle(fd, stat, volume, self)
-            handle.token = token
+            handle.file_handle = file_handle
             if known:
                 volume.handles[stat.ino] = handle
             self.budget.enter(handle)
@@ -331,8 +333,8 @@ class HandleTable:
                     del volume.handles[handle.ino]
                     if not volume.handles:
                         mount_fd = self.volumes.drop(volume)
-                fd = handle.leave()
-                directory = handle.put_in(None, b"")
+                fd = handle.forget()
+                directory = handle.set_hint(None, b"")
             if fd >= 0:
                 self.budget.close(fd)
             if mount_fd >= 0:
@@ -364,31 +366,31 @@ class HandleTable:
         except FileNotFoundError:
             return False
 
-    def kept(self, place: Place | None) -> Place | None:
+    def share_hint(self, hint: Hint | None) -> Hint | None:
         """The same, with a reference to its directory."""
-        if place is not None:
-            self.share(place[0])
-        return place
+        if hint is not None:
+            self.share(hint[0])
+        return hint
 
-    def kept_place(
-        self, handle: Handle, pins: list[Holder], elsewhere: Place | None = None
-    ) -> Place | None:
-        """Where a handle was found, or ``elsewhere``, with a reference to the directory."""
+    def pinned_hint(
+        self, handle: Handle, pins: list[Holder], own_hint: Hint | None = None
+    ) -> Hint | None:
+        """Where a handle was found, or ``own_hint``, with a reference to the directory."""
         with self._lock:
-            place = elsewhere or handle.place
-            if place is not None:
-                directory = place[0]
+            hint = own_hint or handle.hint
+            if hint is not None:
+                directory = hint[0]
                 directory.refs += 1
                 directory.pins += 1
                 pins.append(directory)
-            return place
+            return hint
 
-    def note(self, handle: Handle, directory: Handle, name: bytes) -> Place | None:
+    def hint_for(self, handle: Handle, directory: Handle, name: bytes) -> Hint | None:
         """What a fid has to remember that found ``handle`` there: nothing, if the handle does.
 
         The place comes with a reference to its directory.
         """
-        if handle.is_placed(directory, name) or name in {b".", b".."}:
+        if handle.has_hint(directory, name) or name in {b".", b".."}:
             return None
         return self.share(directory), name
 
@@ -420,30 +422,30 @@ class HandleTable:
         if handle is not None:
             self.release(handle)
 
-    def moved(self, handle: Handle, old: Place, new: Place) -> None:
+    def moved(self, handle: Handle, old: Hint, new: Hint) -> None:
         """The guest has renamed it from the one place to the other."""
         with self._lock:
-            if not handle.is_placed(*old):
+            if not handle.has_hint(*old):
                 return
             new[0].refs += 1
-            left = self._place(handle, *new)
+            left = self._hint(handle, *new)
         for directory in left:
             self.release(directory)
 
-    def found_at(self, handle: Handle, place: Place) -> None:
+    def found_at(self, handle: Handle, hint: Hint) -> None:
         """The host has moved it there. Takes over the reference to the directory."""
         with self._lock:
-            left = self._place(handle, *place)
+            left = self._hint(handle, *hint)
         for directory in left:
             self.release(directory)
 
     @staticmethod
-    def _place(handle: Handle, directory: Handle, name: bytes) -> list[Handle]:
+    def _hint(handle: Handle, directory: Handle, name: bytes) -> list[Handle]:
         """Takes over a reference to ``directory``; returns those to be released."""
         above: Handle | None = directory
         while above is not None and above is not handle:
             above = above.directory
         # A ring, by places that the host has changed, would never be let go.
         kept = handle.refs > 0 and above is None
-        left = handle.put_in(directory, name) if kept else handle.put_in(None, b"")
+        left = handle.set_hint(directory, name) if kept else handle.set_hint(None, b"")
         return [other for other in (left, None if kept else directory) if other is not None]

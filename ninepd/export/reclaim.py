@@ -2,10 +2,10 @@
 
 By its file handle (open_by_handle_at(2)) where the file system and the daemon's rights allow, else
 by the name it had last, if what is found there has the same file handle. What could not be found
-again is not put aside: unlinked files, and storage without file handles.
+again is not reclaimed: unlinked files, and storage without file handles.
 
 All of it asks the host, so all of it runs without the lock. A descriptor that it works with may be
-put aside or let go meanwhile: it takes a duplicate, under the lock.
+reclaimed or let go meanwhile: it takes a duplicate, under the lock.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ninepd.export.descriptors import Holder
 
 if TYPE_CHECKING:
-    from ninepd.export.handles import Handle, HandleTable, Opened, Place
+    from ninepd.export.handles import Handle, HandleTable, Hint, Opened
 
 
 class Finder:
@@ -25,7 +25,7 @@ class Finder:
         self,
         table: "HandleTable",
         by_name: bool,
-        find: "Callable[[Handle, int, list[Holder]], Place]",
+        find: "Callable[[Handle, int, list[Holder]], Hint]",
     ) -> None:
         """``by_name``: where that cannot be done by handle."""
         self._table = table
@@ -36,7 +36,7 @@ class Finder:
 
     # May it go?
 
-    def may_rest(self, handle: "Handle") -> bool:
+    def may_reclaim(self, handle: "Handle") -> bool:
         """Can the handle, which is pinned, be found again if its descriptor is closed now?"""
         fd = self._duplicate(handle)
         if fd < 0:
@@ -44,7 +44,7 @@ class Finder:
         try:
             if not self._host.stat(fd).nlink:
                 return False
-            handle.token = self._host.file_handle(fd)
+            handle.file_handle = self._host.file_handle(fd)
             return handle.volume.by_handle or (self._by_name and self._has_name(handle, fd))
         except OSError:
             return False
@@ -61,7 +61,7 @@ class Finder:
         if fd < 0:
             return False
         try:
-            return bool(handle.token and self._host.stat(fd).nlink)
+            return bool(handle.file_handle and self._host.stat(fd).nlink)
         except OSError:
             return False
         finally:
@@ -81,10 +81,10 @@ class Finder:
             self._table.unpin(pins)
 
     def _is_in_place(self, handle: "Handle", pins: list[Holder]) -> bool:
-        place = self._table.kept_place(handle, pins)
-        if place is None:
+        hint = self._table.pinned_hint(handle, pins)
+        if hint is None:
             return False
-        directory, name = place
+        directory, name = hint
         try:
             return self._table.shows(directory, name, handle)
         except OSError:  # the directory itself is lost
@@ -94,16 +94,16 @@ class Finder:
 
     def _has_moved(self, handle: "Handle", fd: int, pins: list[Holder]) -> bool:
         try:
-            place = self._find(handle, fd, pins)
+            hint = self._find(handle, fd, pins)
         except OSError:
             return False
-        self._table.found_at(handle, place)
+        self._table.found_at(handle, hint)
         return True
 
     # Finding it again
 
     def restore(self, handle: "Handle") -> int:
-        """A new O_PATH descriptor of what is put aside; ESTALE if that is gone."""
+        """A new O_PATH descriptor of what is reclaimed; ESTALE if that is gone."""
         with self._lock:
             mount_fd = handle.volume.mount.fd
             by_handle = mount_fd >= 0 and not self._is_opened(handle)
@@ -112,7 +112,7 @@ class Finder:
         if not by_handle:
             return self._find_by_name(handle)
         try:
-            fd = self._host.open_by_handle(mount_fd, handle.token)
+            fd = self._host.open_by_handle(mount_fd, handle.file_handle)
         finally:
             self._host.close(mount_fd)
         return self._verified(handle, fd)
@@ -136,9 +136,9 @@ class Finder:
                 # The guest has renamed something on the way meanwhile.
 
     @staticmethod
-    def _way_to(handle: "Handle") -> "tuple[list[Place], Holder]":
+    def _way_to(handle: "Handle") -> "tuple[list[Hint], Holder]":
         """What is open, and the steps from there, the last one first. Under the lock."""
-        steps: list[Place] = []
+        steps: list[Hint] = []
         step = handle
         while True:
             if step.is_open:
@@ -146,14 +146,14 @@ class Finder:
             for file in step.opened:
                 if file.is_open:
                     return steps, file
-            place = step.place
-            if place is None:
+            hint = step.hint
+            if hint is None:
                 raise OSError(errno.ESTALE, "the file is gone")
-            directory, name = place
+            directory, name = hint
             steps.append((step, name))
             step = directory
 
-    def _follow(self, fd: int, steps: "list[Place]") -> int:
+    def _follow(self, fd: int, steps: "list[Hint]") -> int:
         """Takes over ``fd``."""
         if not steps:
             try:
@@ -175,7 +175,7 @@ class Finder:
     def _verified(self, handle: "Handle", fd: int) -> int:
         try:
             same = handle.holds(self._host.stat_at(fd, b""))
-            if same and self._host.file_handle(fd) == handle.token:
+            if same and self._host.file_handle(fd) == handle.file_handle:
                 return fd
         except OSError:
             pass

@@ -8,7 +8,7 @@ from typing import Final
 
 from ninepd.config import Multidevs, Reclaim
 from ninepd.export.descriptors import Budget, Holder
-from ninepd.export.handles import Handle, HandleTable, Opened, Place, is_same_inode
+from ninepd.export.handles import Handle, HandleTable, Hint, Opened, is_same_inode
 from ninepd.export.host import Host
 from ninepd.export.qid import QidMap
 from ninepd.export.volumes import Volumes
@@ -183,11 +183,11 @@ class Tree:
         names = self.mounts.covered(directory.volume.mount.mnt_id)
         return (LookUp.ALL, b"") if names is None else (directory.volume.look_up, names)
 
-    def find(self, handle: Handle, pins: list[Holder]) -> Place:
+    def find(self, handle: Handle, pins: list[Holder]) -> Hint:
         """Directory and name of a file that is no longer where it was found; ESTALE if unknown."""
         return self.find_by(handle, handle.fd, pins)
 
-    def find_by(self, handle: Handle, held: int, pins: list[Holder]) -> Place:
+    def find_by(self, handle: Handle, held: int, pins: list[Holder]) -> Hint:
         """The same by a descriptor of the file.
 
         The kernel knows the name that a descriptor was opened by, through all renames (proc(5)).

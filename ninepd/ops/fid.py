@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mypy_extensions import i32, mypyc_attr
 
 from ninepd.export.descriptors import Holder
-from ninepd.export.handles import Handle, Opened, Place
+from ninepd.export.handles import Handle, Hint, Opened
 
 
 @dataclass(slots=True)
@@ -37,21 +37,21 @@ class Fid:
     __slots__ = (
         "attached",
         "doomed",
-        "elsewhere",
         "handle",
         "locks",
         "opened",
+        "own_hint",
         "released",
         "uid",
         "users",
     )
 
-    def __init__(self, handle: Handle, uid: int, elsewhere: Place | None = None) -> None:
-        """Takes over one reference to ``handle`` and one to the directory in ``elsewhere``."""
+    def __init__(self, handle: Handle, uid: int, own_hint: Hint | None = None) -> None:
+        """Takes over one reference to ``handle`` and one to the directory in ``own_hint``."""
         self.handle = handle
         self.uid = uid
         """n_uname of the attach it descends from: the owner of what is created through it."""
-        self.elsewhere = elsewhere
+        self.own_hint = own_hint
         """Where it was found, if its handle was first found at another place."""
         self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users: i32 = 0
@@ -97,9 +97,9 @@ class Fid:
     # What others need to know of it
 
     @property
-    def place(self) -> Place | None:
+    def hint(self) -> Hint | None:
         """Directory and name it was found at: a hint, which may no longer be true."""
-        return self.elsewhere or self.handle.place
+        return self.own_hint or self.handle.hint
 
     def holders(self) -> list[Holder]:
         """What keeps the descriptors that a request on this fid may use."""
@@ -107,7 +107,7 @@ class Fid:
         opened = self.opened  # another thread may be closing it
         if isinstance(opened, Opened):
             holders.append(opened)
-        place = self.place
-        if place is not None:
-            holders.append(place[0])
+        hint = self.hint
+        if hint is not None:
+            holders.append(hint[0])
         return holders

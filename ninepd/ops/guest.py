@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final
 
 from ninepd.export.descriptors import Holder
-from ninepd.export.handles import Handle, Opened, Place
+from ninepd.export.handles import Handle, Hint, Opened
 from ninepd.export.tree import Tree
 from ninepd.listing import Run
 from ninepd.ops.fid import Fid
@@ -108,8 +108,8 @@ class Guest:
         elif opened is not None:
             self.xattr_fids -= 1
         self.tree.handles.release(fid.handle)
-        if fid.elsewhere is not None:
-            self.tree.handles.release(fid.elsewhere[0])
+        if fid.own_hint is not None:
+            self.tree.handles.release(fid.own_hint[0])
 
     def retire(self, fid: Fid) -> None:
         """Close what a fid holds, whose number is free: now, or when its last user is done."""
@@ -137,9 +137,9 @@ class Guest:
 
     # Fids
 
-    def add(self, number: int, handle: Handle, uid: int, elsewhere: Place | None = None) -> Fid:
+    def add(self, number: int, handle: Handle, uid: int, own_hint: Hint | None = None) -> Fid:
         """A new fid; takes over its references, see ``Fid``."""
-        fid = Fid(handle, uid, elsewhere)
+        fid = Fid(handle, uid, own_hint)
         try:
             with self._lock:
                 if self._ended:
@@ -159,17 +159,17 @@ class Guest:
 
     def move(self, fid: Fid, handle: Handle, directory: Handle, name: bytes) -> None:
         """A fid becomes one of what is at this place. Takes over the reference to ``handle``."""
-        elsewhere = self.tree.handles.note(handle, directory, name)
-        self.replace(fid, handle, elsewhere)
+        own_hint = self.tree.handles.hint_for(handle, directory, name)
+        self.replace(fid, handle, own_hint)
         fid.attached = False
 
-    def replace(self, fid: Fid, handle: Handle, elsewhere: Place | None) -> None:
+    def replace(self, fid: Fid, handle: Handle, own_hint: Hint | None) -> None:
         """A fid becomes another; takes over the references, as a new one would."""
         handle, fid.handle = fid.handle, handle
-        elsewhere, fid.elsewhere = fid.elsewhere, elsewhere
+        own_hint, fid.own_hint = fid.own_hint, own_hint
         self.tree.handles.release(handle)
-        if elsewhere is not None:
-            self.tree.handles.release(elsewhere[0])
+        if own_hint is not None:
+            self.tree.handles.release(own_hint[0])
 
     def check_xattr_room(self) -> None:
         """ENOSPC, as QEMU's max_xattr, when too many extended attributes are open."""

@@ -186,8 +186,8 @@ def _describe(guest: Guest, fd: int, name: bytes) -> bytes:
 def stat(guest: Guest, _message: Tstat, _payload: Payload, fid: Fid) -> Reply:
     """All that an old client can know of a file."""
     handle = fid.held()
-    place = fid.place
-    name = b"/" if fid.attached or place is None else place[1]
+    hint = fid.hint
+    name = b"/" if fid.attached or hint is None else hint[1]
     return Rstat(_describe(guest, handle.fd, name))
 
 

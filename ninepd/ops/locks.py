@@ -334,7 +334,7 @@ def _settled(held: Range, fid: "Fid") -> bool:
     names that the host gave a file one after the other, are two inodes without ``cache=loose``
     (fs/9p/vfs_inode_dotl.c, v9fs_get_new_inode_from_fid), and nobody but us excludes their users.
     """
-    return held.fid is fid or held.fid.place == fid.place
+    return held.fid is fid or held.fid.hint == fid.hint
 
 
 def _given_back(ranges: Ranges, new: Range) -> list[Range]:

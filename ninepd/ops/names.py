@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ninepd.export.descriptors import Holder
-from ninepd.export.handles import Handle, Place
+from ninepd.export.handles import Handle, Hint
 from ninepd.export.tree import check_name
 from ninepd.ops import setid
 from ninepd.ops.fid import Fid
@@ -108,7 +108,7 @@ def renameat(guest: Guest, message: Trenameat, payload: Payload, old: Fid, new: 
     return Rrenameat()
 
 
-def _rename(guest: Guest, old: Place, new: Place, pins: list[Holder]) -> None:
+def _rename(guest: Guest, old: Hint, new: Hint, pins: list[Holder]) -> None:
     handles = guest.tree.handles
     held = handles.before_change(*old, pins)
     try:
@@ -125,7 +125,7 @@ def _rename(guest: Guest, old: Place, new: Place, pins: list[Holder]) -> None:
 
 
 @contextmanager
-def _place(guest: Guest, fid: Fid, pins: list[Holder]) -> Iterator[Place]:
+def _hint(guest: Guest, fid: Fid, pins: list[Holder]) -> Iterator[Hint]:
     """Where the fid's file is to be found by name: EBUSY for the root, ESTALE if unknown.
 
     The directory is kept meanwhile: another thread may be renaming the file.
@@ -133,17 +133,17 @@ def _place(guest: Guest, fid: Fid, pins: list[Holder]) -> Iterator[Place]:
     tree, handles = guest.tree, guest.tree.handles
     if fid.handle is tree.root:
         raise OSError(errno.EBUSY, "the root of an export stays where it is")
-    place = handles.kept_place(fid.handle, pins, fid.elsewhere)
+    hint = handles.pinned_hint(fid.handle, pins, fid.own_hint)
     try:
-        if place is None or not handles.is_at(fid.handle, *place):
-            known, place = place, tree.find(fid.handle, pins)
+        if hint is None or not handles.is_at(fid.handle, *hint):
+            known, hint = hint, tree.find(fid.handle, pins)
             if known is not None:
                 handles.release(known[0])
-            guest.replace(fid, handles.share(fid.handle), handles.kept(place))
-        yield place
+            guest.replace(fid, handles.share(fid.handle), handles.share_hint(hint))
+        yield hint
     finally:
-        if place is not None:
-            handles.release(place[0])
+        if hint is not None:
+            handles.release(hint[0])
 
 
 def rename(guest: Guest, message: Trename, payload: Payload, fid: Fid, into: Fid) -> Reply:
@@ -157,18 +157,18 @@ def rename(guest: Guest, message: Trename, payload: Payload, fid: Fid, into: Fid
 
 def rename_here(guest: Guest, fid: Fid, name: bytes, pins: list[Holder]) -> None:
     """Give what a fid holds another name in the directory that it is in."""
-    with _place(guest, fid, pins) as old:
+    with _hint(guest, fid, pins) as old:
         if name != old[1]:
             _move(guest, fid, old, (old[0], name), pins)
 
 
 def rename_to(guest: Guest, fid: Fid, directory: Handle, name: bytes, pins: list[Holder]) -> None:
     """Give what a fid holds another name; ESTALE if it is not where it was found."""
-    with _place(guest, fid, pins) as old:
+    with _hint(guest, fid, pins) as old:
         _move(guest, fid, old, (directory, name), pins)
 
 
-def _move(guest: Guest, fid: Fid, old: Place, new: Place, pins: list[Holder]) -> None:
+def _move(guest: Guest, fid: Fid, old: Hint, new: Hint, pins: list[Holder]) -> None:
     _rename(guest, old, new, pins)
     guest.move(fid, guest.tree.handles.share(fid.handle), *new)
 
@@ -202,7 +202,7 @@ def remove(guest: Guest, message: Tremove, payload: Payload, fid: Fid) -> Reply:
     """Remove the file and clunk the fid, the latter whatever happens (remove(5))."""
     guest.remove(message.fid, fid)
     try:
-        with _place(guest, fid, payload.pins) as (directory, name):
+        with _hint(guest, fid, payload.pins) as (directory, name):
             _remove_name(guest, directory, name, fid.handle.is_directory, payload.pins)
     finally:
         guest.retire(fid)

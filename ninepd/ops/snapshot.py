@@ -8,7 +8,7 @@ the descriptor table, as after fork(2) or execve(2), or when it was handed all o
 
 from dataclasses import dataclass, field
 
-from ninepd.export.handles import Handle, HandleTable, Opened, Place
+from ninepd.export.handles import Handle, HandleTable, Hint, Opened
 from ninepd.export.tree import Tree
 from ninepd.export.volumes import Survey
 from ninepd.ops.fid import Fid, XattrValue, XattrWriter
@@ -41,7 +41,7 @@ class HandleState:
     ino: int
     generation: int
     kind: int
-    token: bytes
+    file_handle: bytes
     known: bool
     directory: int
     name: bytes
@@ -146,7 +146,7 @@ class _Dump:
         return self._handles[handle]
 
     def _add_handle(self, handle: Handle) -> None:
-        directory, name = self._place(handle.place)
+        directory, name = self._hint(handle.hint)
         volume = handle.volume
         self._handles[handle] = len(self._handles)
         self.state.handles.append(
@@ -156,15 +156,15 @@ class _Dump:
                 ino=handle.ino,
                 generation=handle.generation,
                 kind=handle.kind,
-                token=handle.token,
+                file_handle=handle.file_handle,
                 known=volume.handles.get(handle.ino) is handle,
                 directory=directory,
                 name=name,
             )
         )
 
-    def _place(self, place: Place | None) -> tuple[int, bytes]:
-        return (NONE, b"") if place is None else (self._handles[place[0]], place[1])
+    def _hint(self, hint: Hint | None) -> tuple[int, bytes]:
+        return (NONE, b"") if hint is None else (self._handles[hint[0]], hint[1])
 
     def _file(self, file: Opened) -> int:
         index = self._files.setdefault(file, len(self._files))
@@ -178,8 +178,8 @@ class _Dump:
         return index
 
     def _fid(self, number: int, fid: Fid) -> FidState:
-        if fid.elsewhere is not None:
-            self._handle(fid.elsewhere[0])
+        if fid.own_hint is not None:
+            self._handle(fid.own_hint[0])
         handle = self._handle(fid.handle)
         opened = fid.opened
         writer = None
@@ -190,7 +190,7 @@ class _Dump:
             fid.uid,
             fid.attached,
             handle,
-            *self._place(fid.elsewhere),
+            *self._hint(fid.own_hint),
             file=self._file(opened) if isinstance(opened, Opened) else NONE,
             value=opened.data if isinstance(opened, XattrValue) else None,
             writer=writer,
@@ -228,9 +228,9 @@ def _load_handles(tree: Tree, state: GuestState) -> list[Handle]:
     for old in state.handles[1:]:
         volume = state.volumes[old.volume]
         stat = Stat(volume.dev, old.ino, volume.mnt_id, old.generation, old.kind, 1, 0, False)
-        handle = table.revive(old.fd, stat, old.token, old.known, surveys[old.volume])
+        handle = table.revive(old.fd, stat, old.file_handle, old.known, surveys[old.volume])
         if old.directory != NONE:
-            handle.put_in(table.share(handles[old.directory]), old.name)
+            handle.set_hint(table.share(handles[old.directory]), old.name)
         handles.append(handle)
     return handles
 
@@ -251,10 +251,10 @@ def _load_file(tree: Tree, handle: Handle, state: FileState) -> Opened:
 
 def _load_fid(guest: Guest, handles: list[Handle], files: list[Opened], state: FidState) -> None:
     table: HandleTable = guest.tree.handles
-    elsewhere = None
+    own_hint = None
     if state.directory != NONE:
-        elsewhere = table.share(handles[state.directory]), state.name
-    fid = guest.add(state.number, table.share(handles[state.handle]), state.uid, elsewhere)
+        own_hint = table.share(handles[state.directory]), state.name
+    fid = guest.add(state.number, table.share(handles[state.handle]), state.uid, own_hint)
     fid.attached = state.attached
     if state.file != NONE:
         fid.opened = files[state.file]

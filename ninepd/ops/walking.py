@@ -99,7 +99,7 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
     elif start.opened is not None:
         raise OSError(errno.EINVAL, "an open fid cannot be walked onto itself")
     tree, handles = guest.tree, guest.tree.handles
-    handle, elsewhere = start.handle, start.elsewhere
+    handle, own_hint = start.handle, start.own_hint
     found: list[Handle] = []
     qids: list[Qid] = []
     try:
@@ -125,16 +125,16 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
         return made(Rwalk, (tuple(qids),)) if qids else guest.session.error(errno.ENOENT)
     if found:
         found.pop()
-        elsewhere = handles.note(handle, found[-1] if found else start.handle, names[-1])
+        own_hint = handles.hint_for(handle, found[-1] if found else start.handle, names[-1])
         _release(handles, found)
     else:
         handles.share(handle)
-        handles.kept(elsewhere)
+        handles.share_hint(own_hint)
     if replaces:
-        guest.replace(start, handle, elsewhere)
+        guest.replace(start, handle, own_hint)
         start.attached &= not names
     else:
-        fid = guest.add(message.newfid, handle, start.uid, elsewhere)
+        fid = guest.add(message.newfid, handle, start.uid, own_hint)
         fid.attached = start.attached and not names
     return made(Rwalk, (tuple(qids),))
 
