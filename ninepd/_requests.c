@@ -146,7 +146,23 @@ static void notify(np_vring *v) {
     }
 }
 
-static void write_header(np_vring *v, const np_done *done, uint8_t *reply) {
+/* An np_done. */
+struct reply {
+    uint32_t slot, type, copy_len, used_len;
+};
+
+static struct reply unpack(uint64_t done) {
+    struct reply reply;
+    reply.used_len = done & ((1U << NP_USED_BITS) - 1);
+    done >>= NP_USED_BITS;
+    reply.copy_len = done & ((1U << NP_COPY_BITS) - 1);
+    done >>= NP_COPY_BITS;
+    reply.type = done & ((1U << NP_TYPE_BITS) - 1);
+    reply.slot = (uint32_t)(done >> NP_TYPE_BITS);
+    return reply;
+}
+
+static void write_header(np_vring *v, const struct reply *done, uint8_t *reply) {
     uint32_t size = htole32(done->used_len);
     memcpy(reply, &size, sizeof size);
     reply[TYPE] = (uint8_t)done->type;
@@ -154,7 +170,7 @@ static void write_header(np_vring *v, const np_done *done, uint8_t *reply) {
 }
 
 /* The reply, if its chain is still in guest memory; otherwise the length is 0: no reply. */
-static int finish(np_vring *v, np_done *done) {
+static int finish(np_vring *v, struct reply *done) {
     struct slot *slot = slot_in_flight(v, done->slot);
     uint64_t room = slot ? slot->stream[NP_WRITABLE].bytes : 0;
     if (!slot || done->used_len > room || done->copy_len > min(room, v->config.reply_stride) ||
@@ -186,7 +202,7 @@ static int np_vring_push(np_vring *v, uint32_t count) {
     if (count > v->config.num)
         return -EINVAL;
     for (i = 0; i < count; i++) {
-        np_done done = v->config.done[i];
+        struct reply done = unpack((uint64_t)v->config.done[i]);
         if (finish(v, &done) < 0)
             break;
         struct slot *slot = &v->slots[done.slot];

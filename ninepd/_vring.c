@@ -21,6 +21,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <assert.h>
 #include <endian.h>
 #include <errno.h>
 #include <stdatomic.h>
@@ -28,6 +29,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/types.h>
 
 /* cdef-begin */
 typedef struct np_vring np_vring;
@@ -41,11 +43,12 @@ typedef struct {
     uint32_t slot, readable, writable, header_len, fault, size, type, tag;
 } np_request;
 
-/* One reply: `copy_len` bytes of the slot's reply buffer, of `used_len` in all. If `type` is not 0,
- * the first 7 bytes are its 9P header, which is written here: the tag is the request's. */
-typedef struct {
-    uint32_t slot, type, copy_len, used_len;
-} np_done;
+/* One reply, as one number, because Python hands over one four times as fast as four. From the
+ * lowest bit: its length (28 bits), how many bytes of it stand in the slot's reply buffer (12), its
+ * type (8), the slot (15). If the type is not 0, the first 7 bytes are its 9P header, which is
+ * written here: the tag is the request's. */
+typedef ssize_t np_done;
+enum { NP_USED_BITS = 28, NP_COPY_BITS = 12, NP_TYPE_BITS = 8, NP_SLOT_BITS = 15 };
 
 /* Written by the device thread, read by anybody. */
 typedef struct {
@@ -79,6 +82,8 @@ static const char *np_vring_broken(np_vring *v);
 static void np_vring_set_call(np_vring *v, int fd);
 static void np_vring_set_log(np_vring *v, np_log *log, bool log_used, uint64_t used_gpa);
 /* cdef-end */
+
+static_assert(sizeof(np_done) == 8, "an np_done takes 63 bits");
 
 enum { AVAIL_NO_INTERRUPT = 1, USED_NO_NOTIFY = 1 };
 enum { FLAGS, INDEX, RING }; /* u16 places in the avail and used areas */

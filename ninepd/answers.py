@@ -4,6 +4,8 @@ import errno
 import logging
 from typing import Final
 
+from mypy_extensions import i64
+
 from ninepd.ops.fid import Fid
 from ninepd.ops.replies import Encoded, Reply
 from ninepd.p9.codecs import FixedCodec
@@ -16,15 +18,13 @@ from ninepd.p9.messages import (
     RerrorPlain,
 )
 from ninepd.p9.session import Session
-from ninepd.vring import DONE, Vring
+from ninepd.vring import Vring, done_entry
 
 log = logging.getLogger(__name__)
 trace = logging.getLogger("ninepd.trace")
 
 _IN_WORDS: Final = frozenset({Rerror, RerrorPlain})
 """Errors that are cut to what room there is. An Rlerror always fits."""
-_pack_done: Final = DONE.pack_into
-_DONE_SIZE: Final = int(DONE.size)
 
 
 class Answers:
@@ -36,7 +36,7 @@ class Answers:
         self._stride = vring.reply_stride
         self._replies = vring.replies
         self._tracing = trace.isEnabledFor(logging.DEBUG)
-        self._done = 0
+        self._done: list[i64] = []
         self.session: Session[Fid] = Session()
         """That the replies belong to: in its dialect errors are told."""
 
@@ -44,7 +44,7 @@ class Answers:
         """Let the guest have all that are finished, with one notification at most."""
         if self._done:
             self._vring.push(self._done)
-            self._done = 0
+            self._done.clear()
 
     def finish(self, slot: int, tag: int, reply: Reply, room: int) -> None:
         """Encode a reply of at most ``room`` bytes; one that does not fit becomes an error."""
@@ -84,8 +84,7 @@ class Answers:
 
     def _push(self, slot: int, number: int, copy: int, used: int) -> None:
         """A reply is ready: C writes its header, and copies ``copy`` of its ``used`` bytes."""
-        _pack_done(self._vring.done, self._done * _DONE_SIZE, slot, number, copy, used)
-        self._done += 1
+        self._done.append(done_entry(slot, number, copy, used))
 
     def _finish_long(self, slot: int, number: int, body: bytes) -> None:
         """The body of a reply that is longer than its buffer goes straight to the guest."""

@@ -90,6 +90,7 @@ class _Lib(Protocol):
 
 
 _CHECKS: Final = CHECKS
+_NO_ENTRY: Final = -errno.ENOENT
 
 _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
@@ -170,7 +171,7 @@ def walk(dirfd: int, name: bytes) -> tuple[int, Stat] | None:
         assert_unlocked()
     out = _stat_room()
     fd = _lib.nd_walk(dirfd, name, out[0])
-    if fd == -errno.ENOENT:
+    if fd == _NO_ENTRY:
         _spare.append(out)
         return None
     return checked(fd), _stat_in(out)

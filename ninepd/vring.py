@@ -15,6 +15,8 @@ from importlib import import_module
 from struct import Struct
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 
+from mypy_extensions import i64
+
 from ninepd.errors import RingBroken
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class _Lib(Protocol):
     NP_RING_MAX: int
     NP_MESSAGE_TYPES: int
     NP_LOG_PAGE: int
+    NP_USED_BITS: int
+    NP_COPY_BITS: int
+    NP_TYPE_BITS: int
+    NP_SLOT_BITS: int
 
     def np_memory_new(self) -> "CData": ...
     def np_memory_add(
@@ -114,9 +120,14 @@ _uncleared = _ffi.new_allocator(should_clear_after_alloc=False)
 REQUEST: Final = Struct(f"={_ffi.sizeof('np_request') // 4}I")
 """slot, readable, writable, header length, fault (an errno or 0), and what the header says, as it
 came: size, type, tag."""
-DONE: Final = Struct(f"={_ffi.sizeof('np_done') // 4}I")
-"""slot, type of the reply, bytes to copy from the reply arena, used length. C writes the header of
-the reply, whose tag is the request's; of none if the type is 0."""
+_USED_BITS: Final[i64] = _lib.NP_USED_BITS
+_COPY_BITS: Final[i64] = _lib.NP_COPY_BITS
+_TYPE_AT: Final[i64] = _USED_BITS + _COPY_BITS
+_SLOT_AT: Final[i64] = _TYPE_AT + _lib.NP_TYPE_BITS
+_SLOT_BITS: Final[i64] = _lib.NP_SLOT_BITS
+_DONE_SIZE: Final[int] = _ffi.sizeof("np_done")
+# "n" is the one kind of 64 bits for which struct does not go through a copy of the bytes.
+_PACK_DONE: Final = [Struct(f"{count}n").pack_into for count in range(65)]
 RING_MAX: Final[int] = _lib.NP_RING_MAX
 """Entries of a ring (virtio 1.3, 2.7)."""
 REGIONS_MAX: Final[int] = _lib.NP_REGIONS_MAX
@@ -133,6 +144,17 @@ def _check(result: int) -> int:
 def _zeros(size: int) -> mmap.mmap:
     """Memory that costs nothing until it is used."""
     return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def done_entry(slot: i64, number: i64, copy: i64, used: i64) -> i64:
+    """What ``Vring.push`` is told of a reply of type ``number`` and ``used`` bytes in all.
+
+    ``copy`` of them stand in the slot's reply buffer. C writes the header, whose tag is the
+    request's; of none if the type is 0.
+    """
+    if used >> _USED_BITS or copy >> _COPY_BITS or slot >> _SLOT_BITS:
+        raise ValueError("no push takes a slot or a length like that")
+    return used | copy << _USED_BITS | number << _TYPE_AT | slot << _SLOT_AT
 
 
 def signal_err(fd: int) -> None:
@@ -216,7 +238,6 @@ class Vring:
     ``batch``: the requests of the last ``wait``, to be read with ``REQUEST.iter_unpack``. A slot is
     the number of a request while it is in flight; they are given out from 0 on.
     ``headers``, ``replies``: private arenas, ``header_stride`` and ``reply_stride`` bytes a slot.
-    ``done``: where ``push`` expects its entries, packed with ``DONE``.
     """
 
     def __init__(
@@ -287,7 +308,7 @@ class Vring:
         self.headers = memoryview(_ffi.buffer(headers)).toreadonly()
         self.replies = memoryview(_ffi.buffer(replies))
         self.batch = memoryview(_ffi.buffer(requests)).toreadonly()
-        self.done = memoryview(_ffi.buffer(done))
+        self._done = memoryview(_ffi.buffer(done))
         self.counters = cast("Counters", counters)
         self._watch = watch
         self._memory = memory  # mapped for as long as the ring points into it
@@ -353,12 +374,17 @@ class Vring:
         """Make ``wait`` return soon; cheap while the device thread is awake."""
         _lib.np_vring_wake(self._ring)
 
-    def push(self, count: int) -> None:
-        """Return the requests named in ``done[:count]``, with at most one notification.
+    def push(self, replies: list[i64]) -> None:
+        """Return requests, each of which ``done_entry`` describes, with at most one notification.
 
         An entry that names no request in flight, or does not fit, is the caller's bug: those before
         it are returned. RingBroken if the ring is gone from guest memory.
         """
+        count = len(replies)
+        most = len(_PACK_DONE) - 1
+        for first in range(0, count, most):
+            some = replies[first : first + most]
+            _PACK_DONE[len(some)](self._done, first * _DONE_SIZE, *some)
         result = _lib.np_vring_push(self._ring, count)
         if result == -errno.EFAULT:
             self._raise_if_broken()

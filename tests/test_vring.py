@@ -104,9 +104,18 @@ def test_push_refuses_what_does_not_fit(rig: Rig) -> None:
         with pytest.raises(ValueError, match="push"):
             rig.push(wrong)  # nothing is taken yet
     rig.take()
-    for wrong in [(head, 0, 11, 10), (head, 0, 10, 11), (head, 0, 257, 10), (head, 7, 6, 10)]:
+    for wrong in [
+        (head, 0, 11, 10),
+        (head, 0, 10, 11),
+        (head, 0, 257, 10),
+        (head, 7, 6, 10),
+        (head, 0, 10, 1 << 28),
+        (head, 0, 1 << 12, 10),
+    ]:
         with pytest.raises(ValueError, match="push"):
             rig.push(wrong)
+    with pytest.raises(ValueError, match="push"):
+        rig.ring.push([32767 << 48])
     assert rig.driver.used_idx == 0
     rig.push((head, 0, 10, 10))
     assert rig.driver.used_idx == 1
@@ -114,7 +123,7 @@ def test_push_refuses_what_does_not_fit(rig: Rig) -> None:
     with pytest.raises(ValueError, match="push"):
         rig.push((head, 0, 10, 10))
     with pytest.raises(ValueError, match="push"):
-        rig.ring.push(129)
+        rig.ring.push(129 * [0])
 
 
 def test_push_writes_the_header_of_a_reply(rig: Rig) -> None:

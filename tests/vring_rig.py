@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ninepd.errors import RingBroken
-from ninepd.vring import DONE, REQUEST, GuestMemory, Vring
+from ninepd.vring import REQUEST, GuestMemory, Vring, done_entry
 from tests.driver import Driver, Segment
 
 TWRITE, TREAD = 118, 116
@@ -116,9 +116,7 @@ class Rig:
         self.ring.replies[start : start + len(reply)] = reply
 
     def push(self, *entries: tuple[int, int, int, int]) -> None:
-        for i, (head, *rest) in enumerate(entries):
-            DONE.pack_into(self.ring.done, i * DONE.size, self.ring.slot(head), *rest)
-        self.ring.push(len(entries))
+        self.ring.push([done_entry(self.ring.slot(head), *rest) for head, *rest in entries])
 
 
 def started_rig() -> Iterator[Rig]:

@@ -19,9 +19,10 @@ from ninepd.syscalls import Stat
 
 NAME_MAX: Final = 255
 _SLASH: Final = 0x2F
+_EXISTS: Final = errno.EEXIST
 
 
-def check_name(name: bytes, dots: int = errno.EEXIST) -> None:
+def check_name(name: bytes, dots: int = _EXISTS) -> None:
     """The one gate for names from the guest: a single component that can name a new object.
 
     ``dots`` is the errno for "." and "..", which depends on the operation. Errnos are those of
@@ -31,7 +32,7 @@ def check_name(name: bytes, dots: int = errno.EEXIST) -> None:
         raise OSError(errno.ENOENT, "a name must not be empty or contain '/'")
     if 0 in name:
         raise OSError(errno.EINVAL, "a name must not contain a NUL byte")
-    if name in {b".", b".."}:
+    if name == b"." or name == b"..":
         raise OSError(dots, f"{name.decode()} cannot be used here")
     if len(name) > NAME_MAX:
         raise OSError(errno.ENAMETOOLONG, f"a name has at most {NAME_MAX} bytes")

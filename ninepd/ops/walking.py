@@ -2,6 +2,7 @@
 
 import errno
 import logging
+from functools import partial
 from typing import Final
 
 from ninepd.export.handles import Handle, HandleTable
@@ -29,6 +30,7 @@ from ninepd.tuples import made
 log = logging.getLogger(__name__)
 
 _CLUNKED: Final = Rclunk()
+_QID_SIZE: Final = int(QID.size)
 _RWALK_FIXED: Final = 9
 
 
@@ -91,7 +93,7 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
     """
     start.held()
     names = message.names
-    if QID.size * len(names) > payload.room + IO_HEADER - _RWALK_FIXED:
+    if _QID_SIZE * len(names) > payload.room + IO_HEADER - _RWALK_FIXED:
         raise OSError(errno.EMSGSIZE, "the reply does not fit")
     replaces = message.newfid == message.fid
     if not replaces:
@@ -106,13 +108,14 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
         for name in names:
             if handle.remote and not payload.uses:
                 _release(handles, found)
-                return Later(lambda payload: walk(guest, message, payload, start))
+                return Later(partial(_walk_on, guest, message, start))
             step = tree.walk(handle, name, payload.pins)
             if step is None:
                 break
-            if tree.awaits_mount(*step):
-                step = tree.mounted(handle, name, step[0], payload.pins)
-            handle, stat = step
+            entered, stat = step
+            if tree.awaits_mount(entered, stat):
+                entered, stat = tree.mounted(handle, name, entered, payload.pins)
+            handle = entered
             found.append(handle)
             qids.append(tree.qids.qid(stat))
     except OSError:
@@ -137,6 +140,10 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
         fid = guest.add(message.newfid, handle, start.uid, own_hint)
         fid.attached = start.attached and not names
     return made(Rwalk, (tuple(qids),))
+
+
+def _walk_on(guest: Guest, message: Twalk, start: Fid, payload: Payload) -> Reply:
+    return walk(guest, message, payload, start)
 
 
 def _release(handles: HandleTable, found: list[Handle]) -> None:
