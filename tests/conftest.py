@@ -12,7 +12,7 @@ import pytest
 
 os.environ["NINEPD_CHECKS"] = "1"  # read when ninepd is imported, and inherited by daemons
 
-from tests.client import Client, Daemon
+from tests.support.client import Client, Daemon
 
 StartDaemon = Callable[..., Daemon]
 

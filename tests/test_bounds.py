@@ -5,12 +5,12 @@ import socket
 from pathlib import Path
 
 from ninepd.p9.messages import LockType, Tlcreate, Tlock, Tread, Twrite
-from tests import test_reclaim
-from tests.client import ROOT, Client, Daemon
 from tests.conftest import Mount, StartDaemon
-from tests.test_reclaim import BY_NAME, LIMIT, Start
+from tests.support import reclaim
+from tests.support.client import ROOT, Client, Daemon
+from tests.support.reclaim import BY_NAME, LIMIT, Start
 
-start = test_reclaim.start
+start = reclaim.start
 
 MAX_RANGES = 4096
 

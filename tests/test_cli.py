@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ninepd import __version__
-from tests.client import Client, Readiness
+from tests.support.client import Client, Readiness
 
 VHOST_USER_9P = "from ninepd.cli import vhost_user_9p; vhost_user_9p()"
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ninepd.vhostuser.messages import Request
-from tests.client import ROOT, Client, Daemon
 from tests.conftest import StartDaemon
-from tests.driver import Driver
+from tests.support.client import ROOT, Client, Daemon
+from tests.support.driver import Driver
 
 
 def test_messages_when_the_position_wraps(daemon: Daemon) -> None:

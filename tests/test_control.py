@@ -21,10 +21,10 @@ from ninepd.vhostuser.messages import (
     VirtioFeature,
     VringAddr,
 )
-from tests.client import ROOT, Client
 from tests.conftest import StartDaemon
-from tests.frontend import ALL_FEATURES, SharedRegion
-from tests.test_storage import Fuse, hang, receive
+from tests.support.client import ROOT, Client, receive
+from tests.support.frontend import ALL_FEATURES, SharedRegion
+from tests.support.storage import Fuse, hang
 
 MIB = 1 << 20
 OTHER = 1 << 40

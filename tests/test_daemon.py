@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ninepd.p9.messages import Rfsync, Tfsync, Tgetattr, decode, encode
-from tests.client import ROOT, Client, Daemon, Readiness
 from tests.conftest import StartDaemon
+from tests.support.client import ROOT, Client, Daemon, Readiness
 
 Launch = Callable[..., "subprocess.Popen[str]"]
 

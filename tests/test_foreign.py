@@ -23,8 +23,8 @@ from ninepd.vhostuser.messages import (
     MemoryRegion,
     Request,
 )
-from tests.client import Client, Daemon
-from tests.test_storage import Fuse
+from tests.support.client import Client, Daemon
+from tests.support.storage import Fuse
 
 
 @contextmanager

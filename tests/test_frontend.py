@@ -26,8 +26,8 @@ from ninepd.vhostuser.messages import (
     Request,
 )
 from ninepd.vhostuser.session import AddRegion, Session, SetKick
-from tests.dialogue import CONFIG_SPACE
-from tests.frontend import FakeFrontEnd, Ring, SharedRegion
+from tests.support.dialogue import CONFIG_SPACE
+from tests.support.frontend import FakeFrontEnd, Ring, SharedRegion
 
 SIZE, GPA, UA = 1 << 20, 0x4000_0000, 0x7F00_0000_0000
 

@@ -30,11 +30,11 @@ from ninepd.p9.messages import (
     encode,
 )
 from ninepd.vhostuser.messages import Request
-from tests.client import ROOT, Client, Daemon
 from tests.conftest import StartDaemon
-from tests.driver import INDIRECT, NEXT, WRITE, Driver
-from tests.frontend import FakeFrontEnd, Ring, SharedRegion
-from tests.test_storage import eventually
+from tests.support.client import ROOT, Client, Daemon
+from tests.support.driver import INDIRECT, NEXT, WRITE, Driver
+from tests.support.frontend import FakeFrontEnd, Ring, SharedRegion
+from tests.support.waiting import eventually
 
 NOWHERE = 1 << 50
 

@@ -1,4 +1,7 @@
-"""Imports point down, and the codecs do no I/O (invariant 7 of the architecture)."""
+"""Imports point down, and the codecs do no I/O (invariant 7 of the architecture).
+
+Tests import what they share from tests/support, and nothing from one another.
+"""
 
 import ast
 import os
@@ -12,7 +15,8 @@ from typing import Final
 
 import pytest
 
-PACKAGE: Final = Path(__file__).parent.parent / "ninepd"
+TESTS: Final = Path(__file__).parent
+PACKAGE: Final = TESTS.parent / "ninepd"
 LAYERS: Final = (
     {"__main__"},
     {"cli"},
@@ -162,6 +166,43 @@ def test_only_the_demo_knows_of_guests() -> None:
     assert users == {"cli"}
     program = "import ninepd.cli, sys; print([n for n in sys.modules if 'guests' in n])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
+
+
+def imported_tests(tree: ast.AST) -> set[str]:
+    """Modules of tests, or tests of theirs, that a module imports."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                found |= {alias.name for alias in names}
+            case ast.ImportFrom(module=module, names=names):
+                found |= {f"{module or ''}.{alias.name}" for alias in names}
+    return {name for name in found if any(part.startswith("test_") for part in name.split("."))}
+
+
+def test_no_module_of_tests_is_imported() -> None:
+    """What several of them use is in tests/support."""
+    users = {
+        (str(path.relative_to(TESTS.parent)), name)
+        for folder in ("bench", "guests", "tests")
+        for path in (TESTS.parent / folder).rglob("*.py")
+        for name in imported_tests(ast.parse(path.read_text()))
+    }
+    assert users == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import tests.ops.test_locks",
+        "from tests import test_storage",
+        "from tests.guest import test_life",
+        "from . import test_storage",
+        "from .test_storage import Fuse",
+    ],
+)
+def test_an_import_of_tests_is_recognised(line: str) -> None:
+    assert imported_tests(ast.parse(line))
 
 
 @pytest.mark.parametrize(

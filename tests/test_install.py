@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from tests.client import ROOT, Client, Daemon
+from tests.support.client import ROOT, Client, Daemon
 
 SOURCE: Final = Path(__file__).parent.parent
 IGNORED: Final = (".git", ".venv", ".*_cache", "build", "dist", "__pycache__", "*.egg-info", "*.so")

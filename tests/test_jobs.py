@@ -4,9 +4,7 @@ import fcntl
 import os
 import select
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +25,13 @@ from ninepd.p9.messages import (
     encode,
 )
 from ninepd.vhostuser.messages import Request
-from tests.client import ROOT, Client, Daemon, children
 from tests.conftest import Mount, StartDaemon
-from tests.driver import NEXT
-from tests.test_storage import TAG, eventually, promptly, receive, send
+from tests.support.client import ROOT, TAG, Client, Daemon, children, receive, send
+from tests.support.driver import NEXT
+from tests.support.storage import frozen, waits_for_storage
+from tests.support.waiting import eventually, promptly
 
 O_CREAT, O_APPEND, O_DSYNC, O_LARGEFILE = 0x40, 0x400, 0x1000, 0x8000
-
-
-@contextmanager
-def frozen(folder: Path) -> Iterator[None]:
-    """All that writes to the file system waits."""
-    subprocess.run(["fsfreeze", "--freeze", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["fsfreeze", "--unfreeze", folder], check=True)
-
-
-def waits_for_storage(pid: int) -> bool:
-    """Is one of the threads in a system call that nothing interrupts?"""
-    states = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return any(state.rpartition(")")[2].split()[0] == "D" for state in states)
 
 
 def has_guest_memory(pid: int) -> bool:

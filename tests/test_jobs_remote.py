@@ -24,24 +24,16 @@ from ninepd.p9.messages import (
     Twalk,
     decode,
 )
-from tests import test_storage
-from tests.client import MSIZE, ROOT, Client, Daemon
 from tests.conftest import StartDaemon
-from tests.test_storage import (
-    TAG,
-    Fuse,
-    StartFuse,
-    eventually,
-    hang,
-    promptly,
-    receive,
-    send,
-)
+from tests.support import storage
+from tests.support.client import MSIZE, ROOT, TAG, Client, Daemon, receive, send
+from tests.support.storage import Fuse, StartFuse, hang
+from tests.support.waiting import eventually, promptly
 
-fuses = test_storage.fuses
-start_fuse = test_storage.start_fuse
-start_daemon = test_storage.start_daemon
-fuse = test_storage.fuse
+fuses = storage.fuses
+start_fuse = storage.start_fuse
+start_daemon = storage.start_daemon
+fuse = storage.fuse
 
 
 # Sessions

@@ -43,8 +43,8 @@ from ninepd.p9.messages import (
     Txattrcreate,
 )
 from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, Mode, Stat, encode_stat
-from tests.client import ROOT, Client, Daemon, P9Error
 from tests.conftest import Mount, StartDaemon
+from tests.support.client import ROOT, Client, Daemon, P9Error
 
 CREATE = 0x8042
 TRUNC = 0x200

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client import Client, Daemon
 from tests.conftest import StartDaemon
+from tests.support.client import Client, Daemon
 
 ROUNDS = 50
 _AT_ONCE = """

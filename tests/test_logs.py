@@ -12,9 +12,9 @@ from ninepd.capabilities import privileged
 from ninepd.logs import BURST, LineHandler
 from ninepd.p9.messages import Tgetattr, Tread, Tversion, Twrite
 from ninepd.vhostuser.messages import Request
-from tests.client import ROOT, Client
 from tests.conftest import StartDaemon
-from tests.frontend import FakeFrontEnd
+from tests.support.client import ROOT, Client
+from tests.support.frontend import FakeFrontEnd
 
 Capture = pytest.CaptureFixture[str]
 

@@ -25,13 +25,13 @@ def asan_runtime() -> str:
 def test_ring_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
     runtime = asan_runtime()
     (tmp_path / "ninepd").mkdir()
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/support").mkdir(parents=True)
     for source in (ROOT / "ninepd").iterdir():
         if source.suffix in (".py", ".c") and source.name != "_libvring.c":
             shutil.copy(source, tmp_path / "ninepd")
     tests = sorted(path.name for path in (ROOT / "tests").glob("test_vring*.py"))
-    for name in ("driver.py", "vring_rig.py", *tests):
-        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    for name in ("support/driver.py", "support/vring_rig.py", *tests):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     # Not the project's pyproject.toml: building needs no more than the builder.
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
     environment = dict(os.environ, NINEPD_CFLAGS=SANITIZE, NINEPD_WERROR="1")

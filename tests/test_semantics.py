@@ -36,7 +36,7 @@ from ninepd.p9.messages import (
     decode,
     encode,
 )
-from tests.client import ROOT, Client, Daemon, P9Error
+from tests.support.client import ROOT, Client, Daemon, P9Error
 
 RDWR, APPEND, TRUNC, EXCL = 2, 0x400, 0x200, 0x80
 DSYNC, SYNC = 0x1000, 0x101000

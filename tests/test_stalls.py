@@ -31,12 +31,12 @@ from ninepd.p9.messages import (
     decode,
 )
 from ninepd.vhostuser.messages import Request
-from tests.client import ROOT, Client, Daemon
 from tests.conftest import Mount, StartDaemon
-from tests.driver import Driver
-from tests.frontend import SharedRegion
-from tests.test_jobs import frozen, waits_for_storage
-from tests.test_storage import TAG, eventually, promptly, send
+from tests.support.client import ROOT, TAG, Client, Daemon, send
+from tests.support.driver import Driver
+from tests.support.frontend import SharedRegion
+from tests.support.storage import frozen, waits_for_storage
+from tests.support.waiting import eventually, promptly
 
 RDWR = 2
 

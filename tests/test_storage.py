@@ -2,16 +2,8 @@
 
 import contextlib
 import errno
-import json
-import os
-import queue
-import signal
 import stat
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,185 +47,19 @@ from ninepd.p9.messages import (
     Txattrcreate,
     Txattrwalk,
     decode,
-    encode,
 )
 from ninepd.p9.session import Dialect
 from ninepd.vhostuser.messages import Request
-from tests.client import MSIZE, ROOT, Client, Daemon
 from tests.conftest import StartDaemon
+from tests.support import storage
+from tests.support.client import MSIZE, ROOT, TAG, Client, Daemon, receive, send
+from tests.support.storage import TREE, Fuse, StartFuse, hang
+from tests.support.waiting import eventually, promptly
 
-TAG = 2000
-"""Of what is sent and not waited for; ``Client`` uses smaller ones."""
-PROMPT = 2.0
-"""Seconds in which what has nothing to wait for is answered, however busy the computer."""
-TREE: dict[str, dict[str, Any]] = {
-    "/slow": {"ino": 11, "text": "slow text"},
-    "/quick": {"ino": 12, "text": "quick text"},
-    "/dir": {"ino": 13, "text": None},
-    "/dir/file": {"ino": 14, "text": "below"},
-}
-
-
-class Fuse:
-    """tests/fuse_fs.py as a process of its own."""
-
-    def __init__(
-        self, target: Path, tree: dict[str, dict[str, Any]], folder: Path, *options: str
-    ) -> None:
-        target.mkdir(exist_ok=True)
-        self.target = target
-        path = folder / f"{target.name}.json"
-        path.write_text(json.dumps(tree))
-        program = Path(__file__).with_name("fuse_fs.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(program), str(target), str(path), *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._held: queue.Queue[str] = queue.Queue()
-        self._answers: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        try:
-            assert self._answers.get(timeout=20) == "ready"
-        except (queue.Empty, AssertionError) as error:
-            self._process.kill()
-            _, log = self._process.communicate()
-            raise AssertionError(f"the FUSE file system did not start: {log}") from error
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            (self._held if line.startswith("held") else self._answers).put(line.strip())
-        self._answers.put("ended")
-
-    def _command(self, *words: object) -> None:
-        assert self._process.stdin is not None
-        print(*words, file=self._process.stdin, flush=True)
-        assert self._answers.get(timeout=20) == "done"
-
-    def hold(self, op: str, path: str) -> None:
-        self._command("hold", op, path)
-
-    def wait_held(self, op: str, path: str, times: int = 1) -> None:
-        for _ in range(times):
-            assert self._held.get(timeout=20) == f"held {op} {path}"
-
-    def release(self) -> None:
-        """All that waits goes on."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGCONT)
-            self._command("release")
-
-    def freeze(self) -> None:
-        """It does not even take requests from the kernel, until ``release``."""
-        self._process.send_signal(signal.SIGSTOP)
-        tasks = Path(f"/proc/{self._process.pid}/task")
-        # "pid (name) state": a thread that still runs could answer one more request.
-        eventually(
-            lambda: all(
-                (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
-                for task in tasks.iterdir()
-            ),
-            "the file system stops",
-        )
-
-    def fail(self, op: str, path: str, code: int) -> None:
-        self._command("fail", op, path, code)
-
-    def dirents(self, path: str, entries: list[tuple[str, int, int]]) -> None:
-        self._command("dirents", path, json.dumps(entries))
-
-    def kill(self) -> None:
-        """As a server that crashes: all that waits for it fails."""
-        self._process.kill()
-
-    def close(self) -> None:
-        self.kill()
-        subprocess.run(["umount", "--lazy", self.target], check=True)
-        self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
-        self._process.wait()
-
-
-StartFuse = Callable[..., Fuse]
-
-
-@pytest.fixture
-def fuses(as_root: None) -> Iterator[list[Fuse]]:
-    """All that are mounted."""
-    if not os.path.exists("/dev/fuse"):
-        pytest.skip("no /dev/fuse")
-    started: list[Fuse] = []
-    yield started
-    for fuse in started:
-        fuse.close()
-
-
-@pytest.fixture
-def start_fuse(fuses: list[Fuse], tmp_path: Path) -> StartFuse:
-    """Mount the test file system: ``start_fuse(target, tree, *options)``."""
-
-    def start(target: Path, tree: dict[str, dict[str, Any]] | None = None, *options: str) -> Fuse:
-        fuse = Fuse(target, TREE if tree is None else tree, tmp_path, *options)
-        fuses.append(fuse)
-        return fuse
-
-    return start
-
-
-@pytest.fixture
-def start_daemon(fuses: list[Fuse], start_daemon: StartDaemon) -> Iterator[StartDaemon]:
-    """At the end nothing hangs any more, so that the daemons can be asked to end."""
-    yield start_daemon
-    for fuse in fuses:
-        fuse.release()
-
-
-@pytest.fixture
-def fuse(start_fuse: StartFuse, export: Path) -> Fuse:
-    """Mounted on ``m`` in the export."""
-    return start_fuse(export / "m")
-
-
-@contextlib.contextmanager
-def promptly(seconds: float = PROMPT) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    assert time.monotonic() - started < seconds
-
-
-def eventually(holds: Callable[[], bool], what: str, seconds: float = 10) -> None:
-    limit = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < limit, f"{what}: not within {seconds} s"
-        time.sleep(0.01)
-
-
-def send(client: Client, message: Any, data: bytes = b"", *, tag: int = TAG) -> int:
-    """Send and do not wait; returns the head."""
-    request = encode(tag, message)
-    if data:
-        request = (len(request) + len(data)).to_bytes(4, "little") + request[4:]
-    return client.submit(*filter(None, (request, data)))
-
-
-def receive(client: Client, head: int) -> Any:
-    """The reply of a request that was sent, as the next one that comes."""
-    return decode(client.finish(head))[1]
-
-
-def hang(client: Client, fuse: Fuse) -> int:
-    """A read that waits, by fid 1; the other fids are free."""
-    client.open(ROOT, 1, b"m", b"slow")
-    fuse.hold("read", "/slow")
-    head = send(client, Tread(1, 0, 100))
-    fuse.wait_held("read", "/slow")
-    return head
+fuses = storage.fuses
+start_fuse = storage.start_fuse
+start_daemon = storage.start_daemon
+fuse = storage.fuse
 
 
 # What hangs

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from ninepd.p9.messages import Tgetattr
-from tests.client import ROOT, Client, Daemon, children
 from tests.conftest import StartDaemon
-from tests.frontend import FakeFrontEnd
+from tests.support.client import ROOT, Client, Daemon, children
+from tests.support.frontend import FakeFrontEnd
 
 EXPORTS = 3
 WAIT_SECONDS = 20

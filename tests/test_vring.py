@@ -11,8 +11,8 @@ import pytest
 from ninepd import vring as vring_module
 from ninepd.errors import RingBroken
 from ninepd.vring import GuestMemory, Vring
-from tests.driver import INDIRECT, NEXT, WRITE, Driver, Region, Segment, encode_desc
-from tests.vring_rig import MIB, NOWHERE, TWRITE, UA, Rig, hole, message, started_rig
+from tests.support.driver import INDIRECT, NEXT, WRITE, Driver, Region, Segment, encode_desc
+from tests.support.vring_rig import MIB, NOWHERE, TWRITE, UA, Rig, hole, message, started_rig
 
 rig = pytest.fixture(started_rig)
 

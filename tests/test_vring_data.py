@@ -17,8 +17,8 @@ import pytest
 
 from ninepd.errors import RingBroken
 from ninepd.vring import GuestMemory
-from tests.driver import INDIRECT, NEXT, WRITE, Driver, Region, Segment, encode_desc
-from tests.vring_rig import (
+from tests.support.driver import INDIRECT, NEXT, WRITE, Driver, Region, Segment, encode_desc
+from tests.support.vring_rig import (
     MIB,
     TWRITE,
     UA,

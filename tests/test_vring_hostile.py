@@ -9,8 +9,8 @@ import time
 from contextlib import closing
 
 from ninepd.errors import RingBroken
-from tests.driver import INDIRECT, NEXT, WRITE, Driver, Region, encode_desc
-from tests.vring_rig import MIB, NOWHERE, TREAD, TWRITE, UA, Rig, message
+from tests.support.driver import INDIRECT, NEXT, WRITE, Driver, Region, encode_desc
+from tests.support.vring_rig import MIB, NOWHERE, TREAD, TWRITE, UA, Rig, message
 
 # ---- a driver that rewrites under our eyes ----
 

@@ -11,8 +11,8 @@ from contextlib import closing
 import pytest
 
 from ninepd.vring import LOG_PAGE, DirtyLog
-from tests.driver import Driver, Region, Segment
-from tests.vring_rig import MIB, TWRITE, UA, Rig, message, started_rig
+from tests.support.driver import Driver, Region, Segment
+from tests.support.vring_rig import MIB, TWRITE, UA, Rig, message, started_rig
 
 rig = pytest.fixture(started_rig)
 SCATTERED = [Region(MIB, 4 * MIB, UA, 0), Region(1 << 32, 4 * MIB, UA * 2, 4 * MIB)]

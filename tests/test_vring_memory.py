@@ -9,8 +9,8 @@ import pytest
 
 from ninepd.errors import RingBroken
 from ninepd.vring import GuestMemory
-from tests.driver import Driver, Region, Segment
-from tests.vring_rig import MIB, UA, Rig, message
+from tests.support.driver import Driver, Region, Segment
+from tests.support.vring_rig import MIB, UA, Rig, message
 
 RING = Region(MIB, 2 * MIB, UA, 0)
 DATA = Region(1 << 32, 2 * MIB, UA * 2, 2 * MIB)

@@ -14,8 +14,8 @@ import pytest
 
 from ninepd.errors import RingBroken
 from ninepd.vring import Vring, signal_err
-from tests.driver import Driver
-from tests.vring_rig import Device, Rig, echo, message, started_rig
+from tests.support.driver import Driver
+from tests.support.vring_rig import Device, Rig, echo, message, started_rig
 
 rig = pytest.fixture(started_rig)
 

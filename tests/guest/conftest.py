@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.guest.support import Place, Station
+from tests.support.guest import Place, Station
 
 FRONT_ENDS = ("uml", "qemu-7.2", "qemu-6.12")
 

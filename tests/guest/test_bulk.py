@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ninepd_guests.abi import AT_FDCWD
-from tests.guest.support import Place, Station
+from tests.support.guest import Place, Station
 
 CACHES = ("none", "mmap", "loose")
 MSIZES = (8192, 131096, 512000)

@@ -17,8 +17,8 @@ from ninepd_guests.abi import F_RDLCK, F_UNLCK, F_WRLCK
 from ninepd_guests.boot import Share, boot_uml
 from ninepd_guests.machine import Guest
 from ninepd_guests.remote import Process
-from tests.client import Daemon
-from tests.guest.support import TAG
+from tests.support.client import Daemon
+from tests.support.guest import TAG
 
 PAGE = 4096
 LOCKED = 1 << 30, 512

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ninepd_guests.remote import Process
-from tests.guest.support import Place, Station
+from tests.support.guest import Place, Station
 
 USER, OTHER = 1000, 1001
 NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR

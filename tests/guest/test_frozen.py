@@ -11,11 +11,11 @@ import pytest
 from ninepd_guests.boot import Share, boot_qemu
 from ninepd_guests.errors import GuestError
 from ninepd_guests.machine import Guest, Running
-from tests.client import Daemon
 from tests.conftest import Mount, StartDaemon
-from tests.guest.support import TAG, eventually
-from tests.guest.test_life import check
-from tests.test_jobs import waits_for_storage
+from tests.support.client import Daemon
+from tests.support.guest import TAG, check
+from tests.support.storage import waits_for_storage
+from tests.support.waiting import eventually
 
 SECONDS = 3.0
 """From the freeze to the thaw."""

@@ -8,19 +8,11 @@ import pytest
 
 from ninepd_guests.boot import Share
 from ninepd_guests.errors import GuestError
-from ninepd_guests.machine import Guest
 from tests.conftest import StartDaemon
-from tests.guest.support import TAG, Station, boot, eventually
+from tests.support.guest import TAG, Station, boot, check
+from tests.support.waiting import eventually
 
 UML_AND_QEMU = ("uml", "qemu-7.2")
-
-
-def check(guest: Guest, export: Path, name: str) -> None:
-    """The share works in both directions."""
-    guest.run(f"echo guest > /mnt/{name}")
-    assert (export / name).read_text() == "guest\n"
-    (export / name).write_text("host")
-    assert guest.run(f"cat /mnt/{name}").text == "host"
 
 
 def test_mount_again_and_again(station: Station) -> None:

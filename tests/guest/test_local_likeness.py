@@ -12,7 +12,7 @@ import pytest
 
 from ninepd_guests.abi import Read
 from ninepd_guests.remote import Process
-from tests.guest.support import Place, Station
+from tests.support.guest import Place, Station
 
 STEPS = 500
 USER, GROUP = 1000, 2000

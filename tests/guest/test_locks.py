@@ -15,9 +15,10 @@ from ninepd_guests.abi import F_RDLCK, F_UNLCK, F_WRLCK
 from ninepd_guests.boot import Share, boot_uml
 from ninepd_guests.machine import Guest
 from ninepd_guests.remote import Process
-from tests.client import Daemon
 from tests.conftest import StartDaemon
-from tests.guest.support import TAG, Place, eventually
+from tests.support.client import Daemon
+from tests.support.guest import TAG, Place
+from tests.support.waiting import eventually
 
 RETRY = "locktimeout=1"
 """Seconds until the client asks again for a lock that it waits for; its default is 30."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from ninepd_guests.remote import Process
-from tests.guest.support import Place, Station, outcomes
+from tests.support.guest import Place, Station, outcomes
 
 DEPTHS = {"top": ".", "deep": "a/b/c/d"}
 WITH_PEER = ("qemu-7.2", "qemu-6.12")

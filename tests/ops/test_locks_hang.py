@@ -1,0 +1,58 @@
+"""Locks of files whose storage hangs keep nobody else waiting."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from ninepd.p9.messages import Rclunk, Rlock, Tclunk, Tlock
+from tests.support import storage
+from tests.support.client import ROOT, TAG, Client, Daemon, receive, send
+from tests.support.locking import READ, SUCCESS, UNLOCK, WRITE, getlock, host_may, lock
+from tests.support.storage import Fuse
+from tests.support.waiting import eventually, promptly
+
+fuses = storage.fuses
+start_fuse = storage.start_fuse
+start_daemon = storage.start_daemon
+fuse = storage.fuse
+
+
+def hang_lock(client: Client, fuse: Fuse) -> int:
+    """The head of a Tlock that waits while its file is opened; fid 1 is open on that file."""
+    client.open(ROOT, 1, b"m", b"slow")
+    fuse.hold("open", "/slow")
+    head = send(client, Tlock(1, READ, 0, 0, 0, 7, b"guest"), tag=TAG)
+    fuse.wait_held("open", "/slow")
+    return head
+
+
+def test_others_lock_and_close(fuse: Fuse, client: Client) -> None:
+    client.open(ROOT, 2, b"m", b"quick", flags=os.O_RDWR)
+    client.open(ROOT, 3, b"m", b"quick", flags=os.O_RDWR)
+    assert lock(client, 2, WRITE, 0, 10) == SUCCESS
+    head = hang_lock(client, fuse)
+    try:
+        with promptly():
+            assert client.rpc(Tclunk(2)) == Rclunk()
+            assert lock(client, 3, WRITE) == SUCCESS
+            assert getlock(client, 3, UNLOCK).type == UNLOCK
+            assert client.rpc(Tclunk(3)) == Rclunk()
+    finally:
+        fuse.release()
+    assert receive(client, head) == Rlock(SUCCESS)
+
+
+def test_the_front_end_leaves(fuse: Fuse, daemon: Daemon, export: Path) -> None:
+    """All other locks go with it at once, and what hangs leaves nothing behind."""
+    before = daemon.idle_descriptors()
+    quick = export / "m" / "quick"
+    with Client(daemon.socket) as client:
+        client.attach()
+        client.open(ROOT, 2, b"m", b"quick", flags=os.O_RDWR)
+        assert lock(client, 2, WRITE) == SUCCESS
+        assert not host_may(quick, fcntl.F_RDLCK)
+        hang_lock(client, fuse)
+    eventually(lambda: host_may(quick, fcntl.F_WRLCK), "the lock goes")
+    fuse.release()
+    eventually(lambda: daemon.idle_descriptors() == before, "all descriptors come back")
+    assert host_may(export / "m" / "slow", fcntl.F_WRLCK)
