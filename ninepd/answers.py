@@ -6,6 +6,7 @@ from typing import Final
 
 from mypy_extensions import i64
 
+from ninepd.errors import words_for
 from ninepd.ops.fid import Fid
 from ninepd.ops.replies import Encoded, Reply
 from ninepd.p9.codecs import FixedCodec
@@ -37,7 +38,7 @@ class Answers:
         self._replies = vring.replies
         self._tracing = trace.isEnabledFor(logging.DEBUG)
         self._done: list[i64] = []
-        self.session: Session[Fid] = Session()
+        self.session: Session[Fid] = Session(words_for)
         """That the replies belong to: in its dialect errors are told."""
 
     def publish(self) -> None:

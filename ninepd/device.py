@@ -26,13 +26,13 @@ from ninepd.pipeline import Pipeline
 from ninepd.vhostuser.messages import MemoryRegion, Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
     AddRegion,
+    BackendSession,
     DropLog,
     Effect,
     RemoveRegion,
     ResetDevice,
     ResetSession,
     RingFault,
-    Session,
     SetCall,
     SetChannel,
     SetErr,
@@ -88,7 +88,7 @@ class Device:
         self._service = service
         self._poll_us = poll_us
         self._call_soon = call_soon
-        self._session = Session(config_space)
+        self._session = BackendSession(config_space)
         self._memory = GuestMemory()
         self._log: DirtyLog | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

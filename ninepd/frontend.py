@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from ninepd import foreign
 from ninepd.errors import FramingLost
-from ninepd.vhostuser.messages import HEADER, Message
+from ninepd.vhostuser.messages import MESSAGE_HEADER, Message
 
 MAX_PAYLOAD = 4096  # the limit of the rust-vmm vhost crate; QEMU's largest is 2056
 MAX_DISCARD = 1 << 20  # what an unknown message may be; beyond it, size is just noise
@@ -80,9 +80,9 @@ class FrontEnd:
 
     def _assemble(self) -> Message:
         """Go on with the message at hand; BlockingIOError leaves it for another time."""
-        while len(self._head) < HEADER.size:
-            self._head += self._read(HEADER.size - len(self._head))
-        header = HEADER.unpack(bytes(self._head))
+        while len(self._head) < MESSAGE_HEADER.size:
+            self._head += self._read(MESSAGE_HEADER.size - len(self._head))
+        header = MESSAGE_HEADER.unpack(bytes(self._head))
         if header.size > MAX_DISCARD:
             raise FramingLost(f"request {header.request} claims {header.size} payload bytes")
         if header.size > MAX_PAYLOAD:

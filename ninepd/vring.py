@@ -381,6 +381,8 @@ class Vring:
         it are returned. RingBroken if the ring is gone from guest memory.
         """
         count = len(replies)
+        if count * _DONE_SIZE > len(self._done):
+            raise ValueError("push of more than the ring holds")
         most = len(_PACK_DONE) - 1
         for first in range(0, count, most):
             some = replies[first : first + most]

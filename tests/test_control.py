@@ -14,7 +14,7 @@ from ninepd.p9.messages import Rread
 from ninepd.vhostuser.messages import (
     LOG_AREA,
     LOG_USED,
-    U64,
+    UINT64,
     VRING_ADDR,
     LogArea,
     Request,
@@ -100,7 +100,7 @@ class Log:
 def set_logging(client: Client, on: bool) -> None:
     """As QEMU's vhost_dev_set_log does."""
     features = ALL_FEATURES if on else ALL_FEATURES & ~VirtioFeature.LOG_ALL
-    client.front_end.done(Request.SET_FEATURES, U64.pack(features))
+    client.front_end.done(Request.SET_FEATURES, UINT64.pack(features))
     d = client.driver
     address = VringAddr(
         queue=0,

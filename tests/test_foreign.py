@@ -13,10 +13,10 @@ import pytest
 from ninepd import foreign
 from ninepd.errors import Refused
 from ninepd.vhostuser.messages import (
-    HEADER,
     LOG_AREA,
+    MESSAGE_HEADER,
     REGION,
-    U64,
+    UINT64,
     VERSION,
     Header,
     LogArea,
@@ -142,9 +142,9 @@ def test_a_file_of_a_dead_file_system_delays_nothing(held: str, dead: Fuse, clie
         dead.hold("flush", "/f")
     region = MemoryRegion(1 << 40, 4096, 1 << 40, 0)
     for request, payload in (
-        (Request.SET_VRING_KICK, U64.pack(0)),
-        (Request.SET_VRING_CALL, U64.pack(0)),
-        (Request.SET_VRING_ERR, U64.pack(0)),
+        (Request.SET_VRING_KICK, UINT64.pack(0)),
+        (Request.SET_VRING_CALL, UINT64.pack(0)),
+        (Request.SET_VRING_ERR, UINT64.pack(0)),
         (Request.ADD_MEM_REG, REGION.pack(region)),
         (Request.SET_LOG_FD, b""),
         (Request.SET_BACKEND_REQ_FD, b""),
@@ -192,7 +192,7 @@ def test_a_socket_that_lingers_delays_nothing(client: Client) -> None:
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
         front = client.front_end
-        wire = HEADER.pack(Header(Request.GET_FEATURES, VERSION, 0))
+        wire = MESSAGE_HEADER.pack(Header(Request.GET_FEATURES, VERSION, 0))
         front.send_bytes(wire[:1], [sock.fileno()])
         sock.close()  # so that the last one is the daemon's
         front.send_bytes(wire[1:])

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from ninepd.errors import FramingLost, Refused
 from ninepd.frontend import MAX_DISCARD, MAX_FDS, MAX_PAYLOAD, FrontEnd
 from ninepd.vhostuser.messages import (
-    HEADER,
+    MESSAGE_HEADER,
     NEED_REPLY,
     REQUESTS,
-    U64,
+    UINT64,
     VERSION,
     Header,
     Message,
     Request,
 )
-from ninepd.vhostuser.session import AddRegion, Session, SetKick
+from ninepd.vhostuser.session import AddRegion, BackendSession, SetKick
 from tests.support.dialogue import CONFIG_SPACE
 from tests.support.frontend import FakeFrontEnd, Ring, SharedRegion
 
@@ -77,15 +77,15 @@ def files(count: int) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("piece", [1, 2, 5, 11, 13])
 def test_pieces_make_whole_messages(piece: int) -> None:
-    wire = HEADER.pack(Header(Request.SET_FEATURES, VERSION, 8)) + U64.pack(77)
-    wire += HEADER.pack(Header(Request.GET_FEATURES, VERSION, 0))
+    wire = MESSAGE_HEADER.pack(Header(Request.SET_FEATURES, VERSION, 8)) + UINT64.pack(77)
+    wire += MESSAGE_HEADER.pack(Header(Request.GET_FEATURES, VERSION, 0))
     with connected() as (front, back):
         seen: list[Message] = []
         for start in range(0, len(wire), piece):
             front.send_bytes(wire[start : start + piece])
             seen += back.receive()
         assert [(m.header.request, m.payload, m.fds, m.fault) for m in seen] == [
-            (Request.SET_FEATURES, U64.pack(77), (), None),
+            (Request.SET_FEATURES, UINT64.pack(77), (), None),
             (Request.GET_FEATURES, b"", (), None),
         ]
         assert list(back.receive()) == []
@@ -94,7 +94,7 @@ def test_pieces_make_whole_messages(piece: int) -> None:
 def test_descriptors_stay_with_their_message() -> None:
     with connected() as (front, back), tempfile.TemporaryFile() as file:
         front.send(Request.GET_FEATURES)
-        front.send(Request.SET_VRING_KICK, U64.pack(0), [file.fileno()])
+        front.send(Request.SET_VRING_KICK, UINT64.pack(0), [file.fileno()])
         front.send(Request.GET_FEATURES)
         counts = []
         for message in back.receive():
@@ -107,7 +107,7 @@ def test_descriptors_stay_with_their_message() -> None:
 
 def test_descriptors_of_a_message_in_pieces() -> None:
     with connected() as (front, back), files(2) as fds:
-        wire = HEADER.pack(Header(Request.SET_FEATURES, VERSION, 8)) + U64.pack(0)
+        wire = MESSAGE_HEADER.pack(Header(Request.SET_FEATURES, VERSION, 8)) + UINT64.pack(0)
         front.send_bytes(wire[:1], fds)
         assert list(back.receive()) == []
         for i in range(1, len(wire) - 1):
@@ -126,7 +126,7 @@ def test_as_many_descriptors_as_the_kernel_carries() -> None:
 def test_more_descriptors_than_one_message_can_have() -> None:
     with connected() as (front, back), files(1) as [fd]:
         before = open_fds()
-        wire = HEADER.pack(Header(Request.SET_FEATURES, VERSION, 8)) + U64.pack(0)
+        wire = MESSAGE_HEADER.pack(Header(Request.SET_FEATURES, VERSION, 8)) + UINT64.pack(0)
         for i in range(len(wire)):
             front.send_bytes(wire[i : i + 1], [fd] * MAX_FDS)
             seen = list(back.receive())
@@ -139,7 +139,7 @@ def test_more_descriptors_than_one_message_can_have() -> None:
 
 def test_descriptors_that_the_kernel_could_not_deliver() -> None:
     with connected() as (front, back), files(10) as fds:
-        front.send(Request.SET_VRING_KICK, U64.pack(0), fds)
+        front.send(Request.SET_VRING_KICK, UINT64.pack(0), fds)
         front.send(Request.GET_FEATURES)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = os.dup(fds[0])
@@ -155,7 +155,7 @@ def test_descriptors_that_the_kernel_could_not_deliver() -> None:
 
 @pytest.mark.parametrize("cut", range(20))
 def test_end_in_the_middle(cut: int) -> None:
-    wire = HEADER.pack(Header(Request.SET_VRING_KICK, VERSION, 8)) + U64.pack(0)
+    wire = MESSAGE_HEADER.pack(Header(Request.SET_VRING_KICK, VERSION, 8)) + UINT64.pack(0)
     with connected() as (front, back), files(3) as fds:
         if cut:
             front.send_bytes(wire[:cut], fds)
@@ -210,7 +210,7 @@ def test_beyond_all_measure_framing_is_lost(size: int) -> None:
 
 def test_a_turn_is_bounded() -> None:
     with connected() as (front, back):
-        front.send_bytes(100 * HEADER.pack(Header(Request.GET_FEATURES, VERSION, 0)))
+        front.send_bytes(100 * MESSAGE_HEADER.pack(Header(Request.GET_FEATURES, VERSION, 0)))
         assert len(list(back.receive())) == 64
         assert len(list(back.receive())) == 36
 
@@ -250,7 +250,8 @@ wires = st.lists(
             st.binary(max_size=40),
             st.builds(
                 lambda request, flags, payload, lie: (
-                    HEADER.pack(Header(request, flags, max(0, len(payload) + lie))) + payload
+                    MESSAGE_HEADER.pack(Header(request, flags, max(0, len(payload) + lie)))
+                    + payload
                 ),
                 st.integers(0, 50),
                 st.sampled_from([VERSION, VERSION | NEED_REPLY, 2]),
@@ -267,7 +268,7 @@ wires = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(wires)
 def test_whatever_arrives_nothing_leaks(script: list[tuple[bytes, int]]) -> None:
-    session = Session(CONFIG_SPACE)
+    session = BackendSession(CONFIG_SPACE)
     before = open_fds()
     with connected() as (front, back), files(4) as fds:
         try:
@@ -289,7 +290,7 @@ class Miniature:
     """Serves one connection in a thread; keeps the kick, and refuses regions as it is told."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.session = Session(CONFIG_SPACE)
+        self.session = BackendSession(CONFIG_SPACE)
         self.refuse_regions = False
         self.refusals: list[tuple[str, str]] = []
         self._kick: int | None = None
@@ -400,7 +401,7 @@ def test_hostile_messages_do_not_end_the_conversation() -> None:
                 for count in (0, 2, 4):
                     body = front.request(request, bytes(size), fds[:count], need_reply=True)
                     rule = REQUESTS.get(request)
-                    no = U64.pack(1) if rule is None or rule.refusal is None else rule.refusal
+                    no = UINT64.pack(1) if rule is None or rule.refusal is None else rule.refusal
                     assert body == no, request
         assert back.session.state == state
         assert front.ack(9999, bytes(100_000), fds) == 1

@@ -42,7 +42,7 @@ from ninepd.p9.messages import (
     Twstat,
     Txattrcreate,
 )
-from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, Mode, Stat, encode_stat
+from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, LegacyStat, Mode, encode_stat
 from tests.conftest import Mount, StartDaemon
 from tests.support.client import ROOT, Client, Daemon, P9Error
 
@@ -308,7 +308,7 @@ def test_trunc_without_writing(readonly: Client, export: Path) -> None:
     assert (export / "m/file").read_text() == "text"
 
 
-UNTOUCHED = Stat(
+UNTOUCHED = LegacyStat(
     Qid(0xFF, UNTOUCHED_32, UNTOUCHED_64), UNTOUCHED_32, UNTOUCHED_32, UNTOUCHED_32,
     UNTOUCHED_64, b"", b"", b"", b"",
 )  # fmt: skip

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from typing import Final
 
+from ninepd.errors import words_for
 from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Hint, Opened
 from ninepd.export.tree import Tree
@@ -40,7 +41,7 @@ class Guest:
         self.host = tree.host
         self.readonly = tree.host.readonly
         self._msize_max = msize_max
-        self.session: Session[Fid] = Session()
+        self.session: Session[Fid] = Session(words_for)
         self.locks = LockTable(tree)
         self.xattr_fids = 0
         self.last_run: Run | None = None

@@ -45,8 +45,8 @@ from ninepd.p9.session import Dialect
 from ninepd.p9.stat import (
     UNTOUCHED_32,
     UNTOUCHED_64,
+    LegacyStat,
     Mode,
-    Stat,
     decode_stat,
     encode_stat,
 )
@@ -165,7 +165,7 @@ def _describe(guest: Guest, fd: int, name: bytes) -> bytes:
         if host.st_mode & bit:
             mode |= flag
     uid, gid = str(host.st_uid).encode(), str(host.st_gid).encode()
-    stat = Stat(
+    stat = LegacyStat(
         qid=guest.tree.qids.qid(guest.host.stat_at(fd, b"")),
         mode=mode,
         atime=int(host.st_atime) & UNTOUCHED_32,
@@ -226,7 +226,7 @@ def _flush(host: Host, file: Opened, _payload: Payload) -> Reply:
     return Rwstat()
 
 
-def _setattr(number: int, handle: Handle, new: Stat) -> Tsetattr | None:
+def _setattr(number: int, handle: Handle, new: LegacyStat) -> Tsetattr | None:
     valid = 0
     mode = 0
     if new.mode != UNTOUCHED_32:

@@ -12,7 +12,7 @@ from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.ops.xattrs import commit
 from ninepd.p9.messages import (
     IO_HEADER,
-    NO_ID,
+    NO_NUMERIC_ID,
     NOFID,
     QID,
     Qid,
@@ -36,7 +36,7 @@ _RWALK_FIXED: Final = 9
 
 def number_of(text: bytes) -> int:
     """A decimal number of 32 bits, as old dialects send them; EINVAL for anything else."""
-    if not text.isdigit() or len(text) > len(str(NO_ID)) or int(text) > NO_ID:
+    if not text.isdigit() or len(text) > len(str(NO_NUMERIC_ID)) or int(text) > NO_NUMERIC_ID:
         raise OSError(errno.EINVAL, "that is no number of 32 bits")
     return int(text)
 
@@ -82,7 +82,7 @@ def _log_mount(guest: Guest, uid: int) -> None:
         guest.tag,
         session.dialect.value.decode(),
         session.msize,
-        "unknown" if uid == NO_ID else uid,
+        "unknown" if uid == NO_NUMERIC_ID else uid,
     )
 
 

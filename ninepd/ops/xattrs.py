@@ -26,14 +26,14 @@ from ninepd.p9.messages import (
 )
 from ninepd.syscalls import XATTR_SIZE_MAX
 
-NAME_MAX: Final = 255
+XATTR_NAME_MAX: Final = 255
 
 
 def _check_name(guest: Guest, name: bytes) -> None:
     if not name or 0 in name:
         raise OSError(errno.EINVAL, "no name for an extended attribute")
-    if len(name) > NAME_MAX:
-        raise OSError(errno.ERANGE, f"names of extended attributes have at most {NAME_MAX} bytes")
+    if len(name) > XATTR_NAME_MAX:
+        raise OSError(errno.ERANGE, f"a name of an attribute has at most {XATTR_NAME_MAX} bytes")
     guest.host.check_xattr(name)
 
 

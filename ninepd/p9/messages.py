@@ -33,7 +33,7 @@ Qids = Annotated[tuple[Qid, ...], "qids"]
 
 NOTAG: Final = 0xFFFF
 NOFID: Final = 0xFFFFFFFF
-NO_ID: Final = 0xFFFFFFFF
+NO_NUMERIC_ID: Final = 0xFFFFFFFF
 """n_uname, uid or gid that stands for "none given"."""
 IO_HEADER: Final = 11
 """Bytes before the data of an Rread or Rreaddir: header and count[4]."""
@@ -433,7 +433,7 @@ class Tauth(NamedTuple):
     afid: U32
     uname: String
     aname: String
-    n_uname: U32 = NO_ID
+    n_uname: U32 = NO_NUMERIC_ID
 
 
 class Tattach(NamedTuple):
@@ -443,7 +443,7 @@ class Tattach(NamedTuple):
     afid: U32
     uname: String
     aname: String
-    n_uname: U32 = NO_ID
+    n_uname: U32 = NO_NUMERIC_ID
 
 
 class Rattach(NamedTuple):

@@ -4,10 +4,10 @@ No I/O here. ``F`` is whatever the file system keeps for a fid.
 """
 
 import errno
+from collections.abc import Callable
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
-from ninepd.errors import words_for
 from ninepd.p9.fids import FidTable
 from ninepd.p9.limits import MAX_FIDS, MIN_MSIZE
 from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
@@ -38,7 +38,9 @@ def _dialect(version: bytes) -> Dialect | None:
 class Session(Generic[F]):
     """Between one Tversion and the next. ``msize`` is 0 until the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: Callable[[int], bytes]) -> None:
+        """``words`` says what an errno means, for those dialects that know no numbers."""
+        self._words = words
         self.msize = 0
         self.dialect = Dialect.L
         self.fids: FidTable[F] = FidTable()
@@ -63,7 +65,7 @@ class Session(Generic[F]):
         """The message that tells the client of an errno, in its dialect."""
         if self.dialect is Dialect.L:
             return made(Rlerror, (code,))
-        words = words_for(code)[:_ENAME_MAX]
+        words = self._words(code)[:_ENAME_MAX]
         return Rerror(words, code) if self.dialect is Dialect.U else RerrorPlain(words)
 
     def get(self, number: int) -> F:

@@ -9,7 +9,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from ninepd.errors import ProtocolError
-from ninepd.p9.messages import NO_ID, Qid
+from ninepd.p9.messages import NO_NUMERIC_ID, Qid
 
 _FIXED: Final = Struct("<HIBIQIIIQ")
 _IDS: Final = Struct("<III")
@@ -31,7 +31,7 @@ class Mode:
     STICKY: Final = 0x00010000
 
 
-class Stat(NamedTuple):
+class LegacyStat(NamedTuple):
     """One file as old clients see it. Times in whole seconds."""
 
     qid: Qid
@@ -44,16 +44,16 @@ class Stat(NamedTuple):
     gid: bytes
     muid: bytes
     extension: bytes = b""
-    n_uid: int = NO_ID
-    n_gid: int = NO_ID
-    n_muid: int = NO_ID
+    n_uid: int = NO_NUMERIC_ID
+    n_gid: int = NO_NUMERIC_ID
+    n_muid: int = NO_NUMERIC_ID
 
 
 def _string(value: bytes) -> bytes:
     return len(value).to_bytes(2, "little") + value
 
 
-def encode_stat(stat: Stat, extended: bool) -> bytes:
+def encode_stat(stat: LegacyStat, extended: bool) -> bytes:
     """The structure with its leading size; ``extended`` for 9P2000.u."""
     body = _FIXED.pack(0, 0, *stat.qid, *stat[1:5])
     body += b"".join(map(_string, stat[5:9]))
@@ -62,7 +62,7 @@ def encode_stat(stat: Stat, extended: bool) -> bytes:
     return _string(body)
 
 
-def decode_stat(data: bytes, extended: bool) -> Stat:
+def decode_stat(data: bytes, extended: bool) -> LegacyStat:
     """The reverse; ProtocolError if it is cut short."""
     at = 2 + _FIXED.size
     if len(data) < at:
@@ -80,4 +80,4 @@ def decode_stat(data: bytes, extended: bool) -> Stat:
         if len(data) < at + _IDS.size:
             raise ProtocolError("the stat structure is cut short")
         ids = _IDS.unpack_from(data, at)
-    return Stat(Qid(kind, version, path), *numbers, *strings, *ids)
+    return LegacyStat(Qid(kind, version, path), *numbers, *strings, *ids)

@@ -101,7 +101,7 @@ class ProtocolFeature(IntFlag):
 T = TypeVar("T")
 
 
-class Codec(Protocol[T]):
+class PayloadCodec(Protocol[T]):
     """A payload's bytes and its Python value; ``unpack`` raises Refused."""
 
     def pack(self, value: T, /) -> bytes: ...
@@ -163,7 +163,7 @@ class LogArea(NamedTuple):
     offset: int
 
 
-class Config(NamedTuple):
+class ConfigSpace(NamedTuple):
     """A piece of the device's configuration space."""
 
     offset: int
@@ -195,22 +195,22 @@ class _Config:
 
     _head = struct.Struct("=III")
 
-    def pack(self, value: Config) -> bytes:
+    def pack(self, value: ConfigSpace) -> bytes:
         return self._head.pack(value.offset, len(value.data), value.flags) + value.data
 
-    def unpack(self, payload: bytes) -> Config:
+    def unpack(self, payload: bytes) -> ConfigSpace:
         if len(payload) < self._head.size:
             raise Refused(f"payload of {len(payload)} bytes has no offset, size and flags")
         offset, size, flags = self._head.unpack_from(payload)
         data = payload[self._head.size :]
         if len(data) != size:
             raise Refused(f"payload has {len(data)} configuration bytes instead of {size}")
-        return Config(offset, flags, data)
+        return ConfigSpace(offset, flags, data)
 
 
-HEADER = Fixed("=III", Header)
+MESSAGE_HEADER = Fixed("=III", Header)
 NOTHING: Fixed[tuple[()]] = Fixed("=", lambda: ())
-U64: Fixed[int] = Fixed("=Q", int)
+UINT64: Fixed[int] = Fixed("=Q", int)
 VRING_STATE = Fixed("=II", VringState)
 VRING_ADDR = Fixed("=IIQQQQ", VringAddr)
 REGION = Fixed("=8xQQQQ", MemoryRegion)
@@ -242,7 +242,7 @@ class Message:
 
 def reply(request: int, body: bytes) -> bytes:
     """QEMU and User-Mode Linux compare a reply's flags for equality: NEED_REPLY must be clear."""
-    return HEADER.pack(Header(request, VERSION | REPLY, len(body))) + body
+    return MESSAGE_HEADER.pack(Header(request, VERSION | REPLY, len(body))) + body
 
 
 def _surplus(_body: Any) -> None:
@@ -265,7 +265,7 @@ class Rule(NamedTuple):
     """What one request must look like, and how it is answered when it cannot be served."""
 
     # None: depends on something that is not offered, hence always refused.
-    payload: Codec[Any] | None = None
+    payload: PayloadCodec[Any] | None = None
     # The exact number of descriptors for a body, or None for any.
     fds: Callable[[Any], int | None] = _surplus
     # The protocol feature that must have been negotiated.
@@ -284,14 +284,14 @@ class Rule(NamedTuple):
         return self.refusal
 
 
-_ZERO, _ONE = U64.pack(0), U64.pack(1)
+_ZERO, _ONE = UINT64.pack(0), UINT64.pack(1)
 _NO_STATE = VRING_STATE.pack(VringState(0, 0))
 _SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS
 _LOG = ProtocolFeature.LOG_SHMFD
 
 REQUESTS: Mapping[int, Rule] = {
     Request.GET_FEATURES: Rule(NOTHING, refusal=_ZERO),
-    Request.SET_FEATURES: Rule(U64, disturbs=True),
+    Request.SET_FEATURES: Rule(UINT64, disturbs=True),
     Request.SET_OWNER: Rule(NOTHING, disturbs=True),
     Request.RESET_OWNER: Rule(NOTHING, disturbs=True),
     Request.SET_MEM_TABLE: Rule(MEMORY_TABLE, _one_each, disturbs=True),
@@ -304,11 +304,11 @@ REQUESTS: Mapping[int, Rule] = {
     Request.SET_VRING_ADDR: Rule(VRING_ADDR, disturbs=True),
     Request.SET_VRING_BASE: Rule(VRING_STATE, disturbs=True),
     Request.GET_VRING_BASE: Rule(VRING_STATE, refusal=_NO_STATE, disturbs=True),
-    Request.SET_VRING_KICK: Rule(U64, _one_unless_nofd, disturbs=True),
-    Request.SET_VRING_CALL: Rule(U64, _one_unless_nofd),
-    Request.SET_VRING_ERR: Rule(U64, _one_unless_nofd),
+    Request.SET_VRING_KICK: Rule(UINT64, _one_unless_nofd, disturbs=True),
+    Request.SET_VRING_CALL: Rule(UINT64, _one_unless_nofd),
+    Request.SET_VRING_ERR: Rule(UINT64, _one_unless_nofd),
     Request.GET_PROTOCOL_FEATURES: Rule(NOTHING, refusal=_ZERO),
-    Request.SET_PROTOCOL_FEATURES: Rule(U64),
+    Request.SET_PROTOCOL_FEATURES: Rule(UINT64),
     Request.GET_QUEUE_NUM: Rule(NOTHING, feature=ProtocolFeature.MQ, refusal=_ZERO),
     Request.SET_VRING_ENABLE: Rule(VRING_STATE, disturbs=True),
     Request.SEND_RARP: Rule(),
@@ -335,7 +335,7 @@ REQUESTS: Mapping[int, Rule] = {
     Request.SET_STATUS: Rule(),
     Request.GET_STATUS: Rule(refusal=_ZERO),
     Request.GET_SHARED_OBJECT: Rule(refusal=b""),
-    Request.SET_DEVICE_STATE_FD: Rule(refusal=U64.pack(0x101)),  # bit 8: no descriptor of ours
+    Request.SET_DEVICE_STATE_FD: Rule(refusal=UINT64.pack(0x101)),  # bit 8: no descriptor of ours
     Request.CHECK_DEVICE_STATE: Rule(refusal=_ONE),
     Request.GET_SHMEM_CONFIG: Rule(refusal=bytes(2056)),
     Request.GET_VRING_BASE_SKIP_DRAIN: Rule(refusal=_NO_STATE),

@@ -24,9 +24,9 @@ from ninepd.vhostuser.messages import (
     NEED_REPLY,
     NOFD,
     REQUESTS,
-    U64,
+    UINT64,
     VRING_STATE,
-    Config,
+    ConfigSpace,
     LogArea,
     MemoryRegion,
     Message,
@@ -44,7 +44,7 @@ OFFERED_FEATURES = sum(VirtioFeature)
 OFFERED_PROTOCOL_FEATURES = sum(ProtocolFeature)
 QUEUES = 1
 
-_ACK, _NACK = U64.pack(0), U64.pack(1)
+_ACK, _NACK = UINT64.pack(0), UINT64.pack(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class Step:
     refusal: str | None = None
 
 
-class Session:
+class BackendSession:
     """``config_space`` is what the guest driver reads: le16 tag length, then the tag."""
 
     def __init__(self, config_space: bytes) -> None:
@@ -227,7 +227,7 @@ class _Done(NamedTuple):
 
 
 def _number(value: int) -> "_Handler":
-    return lambda state, _body, _fds: _Done(state, body=U64.pack(value))
+    return lambda state, _body, _fds: _Done(state, body=UINT64.pack(value))
 
 
 def _set_features(state: State, features: int, _fds: tuple[int, ...]) -> _Done:
@@ -264,13 +264,13 @@ def _set_backend_req_fd(state: State, _body: tuple[()], fds: tuple[int, ...]) ->
     return _Done(state, SetChannel(fds[0]))
 
 
-def _get_config(state: State, piece: Config, _fds: tuple[int, ...]) -> _Done:
+def _get_config(state: State, piece: ConfigSpace, _fds: tuple[int, ...]) -> _Done:
     size = len(piece.data)
     data = state.config_space[piece.offset :][:size].ljust(size, b"\0")
     return _Done(state, body=CONFIG.pack(piece._replace(data=data)))
 
 
-def _set_config(state: State, _piece: Config, _fds: tuple[int, ...]) -> _Done:
+def _set_config(state: State, _piece: ConfigSpace, _fds: tuple[int, ...]) -> _Done:
     # Nothing in it can be written; a NACK would make cloud-hypervisor panic.
     return _Done(state)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ninepd.p9.messages import (
-    NO_ID,
+    NO_NUMERIC_ID,
     NOFID,
     Rerror,
     RerrorPlain,
@@ -253,4 +253,4 @@ def test_the_dialects_do_not_mix(daemon: Daemon, version: bytes) -> None:
 def test_attach_without_a_user_is_nobody_in_particular(daemon: Daemon) -> None:
     with Client(daemon.socket) as client:
         assert client.rpc(Tversion(8192, b"9P2000")).version == b"9P2000"
-        client.exchange(encode(1, Tattach(ROOT, NOFID, b"glenda", b"", NO_ID))[:-4])
+        client.exchange(encode(1, Tattach(ROOT, NOFID, b"glenda", b"", NO_NUMERIC_ID))[:-4])

@@ -18,13 +18,13 @@ from ninepd.ops.replies import Later, Reply
 from ninepd.ops.table import ROWS, Row
 from ninepd.p9 import messages as p9
 from ninepd.p9.session import Dialect
-from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, Stat, encode_stat
+from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, LegacyStat, encode_stat
 from ninepd.payload import Buffers, PrivatePayload
 
 ROOT, FILE, LINK, READING, LISTING = range(5)
 """Fids: unopened ones, and two that are open for reading."""
 NEW: Final = 9
-RENAMED: Final = Stat(
+RENAMED: Final = LegacyStat(
     p9.Qid(0xFF, UNTOUCHED_32, UNTOUCHED_64),
     UNTOUCHED_32,
     UNTOUCHED_32,

@@ -4,16 +4,16 @@ import struct
 
 from ninepd.vhostuser.messages import (
     CONFIG,
-    HEADER,
     MEMORY_TABLE,
+    MESSAGE_HEADER,
     NEED_REPLY,
     REGION,
     REPLY,
-    U64,
+    UINT64,
     VERSION,
     VRING_ADDR,
     VRING_STATE,
-    Config,
+    ConfigSpace,
     Header,
     MemoryRegion,
     Message,
@@ -24,8 +24,8 @@ from ninepd.vhostuser.messages import (
 from ninepd.vhostuser.session import (
     OFFERED_FEATURES,
     OFFERED_PROTOCOL_FEATURES,
+    BackendSession,
     Effect,
-    Session,
 )
 from ninepd.vhostuser.state import State
 
@@ -44,11 +44,11 @@ class Dialogue:
     """Talks to a session; every effect succeeds; the last one is in ``effect``."""
 
     def __init__(self, negotiated: bool = True) -> None:
-        self.session = Session(CONFIG_SPACE)
+        self.session = BackendSession(CONFIG_SPACE)
         self.effect: Effect | None = None
         self.refusal: str | None = None
         if negotiated:
-            self.ack(Request.SET_PROTOCOL_FEATURES, U64.pack(OFFERED_PROTOCOL_FEATURES))
+            self.ack(Request.SET_PROTOCOL_FEATURES, UINT64.pack(OFFERED_PROTOCOL_FEATURES))
 
     @property
     def state(self) -> State:
@@ -63,24 +63,26 @@ class Dialogue:
         self.effect, self.refusal = step.effect, step.refusal
         if step.reply is None:
             return None
-        header = HEADER.unpack(step.reply[:12])
+        header = MESSAGE_HEADER.unpack(step.reply[:12])
         assert header == (request, VERSION | REPLY, len(step.reply) - 12)
         return step.reply[12:]
 
     def ack(self, request: int, payload: bytes = b"", *fds: int) -> int:
         body = self.send(request, payload, *fds, flags=VERSION | NEED_REPLY)
         assert body is not None
-        verdict = U64.unpack(body)
+        verdict = UINT64.unpack(body)
         assert bool(verdict) == (self.refusal is not None)
         return verdict
 
     def get(self, request: int) -> int:
         body = self.send(request)
         assert body is not None
-        return U64.unpack(body)
+        return UINT64.unpack(body)
 
     def config(self, offset: int, size: int, flags: int = 0) -> bytes:
-        body = self.send(Request.GET_CONFIG, CONFIG.pack(Config(offset, flags, b"\xff" * size)))
+        body = self.send(
+            Request.GET_CONFIG, CONFIG.pack(ConfigSpace(offset, flags, b"\xff" * size))
+        )
         assert body is not None
         config = CONFIG.unpack(body)
         assert config[:2] == (offset, flags)
@@ -96,7 +98,7 @@ class Dialogue:
         return self.ack(Request.SET_VRING_ADDR, VRING_ADDR.pack(addr))
 
     def kick(self, fd: int = 10) -> int:
-        return self.ack(Request.SET_VRING_KICK, U64.pack(0), fd)
+        return self.ack(Request.SET_VRING_KICK, UINT64.pack(0), fd)
 
     def enable(self, on: int, queue: int = 0) -> int:
         return self.ack(Request.SET_VRING_ENABLE, VRING_STATE.pack(VringState(queue, on)))
@@ -118,7 +120,7 @@ class Dialogue:
 
     def set_up(self, base: int = 0) -> None:
         """All but KICK and ENABLE."""
-        assert self.ack(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES)) == 0
+        assert self.ack(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES)) == 0
         assert self.table(LOW, HIGH) == 0
         assert self.num(128) == 0
         assert self.base(base) == 0

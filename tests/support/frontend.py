@@ -12,18 +12,18 @@ from typing import NamedTuple, Self
 
 from ninepd.vhostuser.messages import (
     CONFIG,
-    HEADER,
     MEMORY_TABLE,
+    MESSAGE_HEADER,
     NEED_REPLY,
     NOFD,
     REGION,
     REPLY,
     REQUESTS,
-    U64,
+    UINT64,
     VERSION,
     VRING_ADDR,
     VRING_STATE,
-    Config,
+    ConfigSpace,
     Header,
     MemoryRegion,
     ProtocolFeature,
@@ -100,7 +100,7 @@ class FakeFrontEnd:
     ) -> None:
         """One message, which may lie about its size."""
         header = Header(request, flags, len(payload) if size is None else size)
-        self.send_bytes(HEADER.pack(header) + payload, fds)
+        self.send_bytes(MESSAGE_HEADER.pack(header) + payload, fds)
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
         rights = array.array("i", fds)
@@ -111,7 +111,7 @@ class FakeFrontEnd:
 
     def receive(self, request: int) -> bytes:
         """The body of the next reply, which must be one to ``request``."""
-        header = HEADER.unpack(self._exactly(HEADER.size))
+        header = MESSAGE_HEADER.unpack(self._exactly(MESSAGE_HEADER.size))
         assert header[:2] == (request, VERSION | REPLY), header
         return self._exactly(header.size)
 
@@ -133,27 +133,27 @@ class FakeFrontEnd:
         """One message with NEED_REPLY: 0 for done, anything else for refused."""
         reply = self.request(request, payload, fds, need_reply=True)
         assert reply is not None
-        return U64.unpack(reply)
+        return UINT64.unpack(reply)
 
     def get(self, request: int) -> int:
         """What a request without payload answers."""
         reply = self.request(request)
         assert reply is not None
-        return U64.unpack(reply)
+        return UINT64.unpack(reply)
 
     def done(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """One message that must not be refused."""
         assert self.ack(request, payload, fds) == 0, Request(request).name
 
     def get_config(self, size: int, offset: int = 0) -> bytes:
-        reply = self.request(Request.GET_CONFIG, CONFIG.pack(Config(offset, 0, bytes(size))))
+        reply = self.request(Request.GET_CONFIG, CONFIG.pack(ConfigSpace(offset, 0, bytes(size))))
         assert reply is not None
         config = CONFIG.unpack(reply)
         assert (config.offset, len(config.data)) == (offset, size)
         return config.data
 
     def set_vring_fd(self, request: Request, fd: int | None) -> None:
-        self.done(request, U64.pack(NOFD if fd is None else 0), () if fd is None else (fd,))
+        self.done(request, UINT64.pack(NOFD if fd is None else 0), () if fd is None else (fd,))
 
     def enable(self, on: bool) -> int:
         return self.ack(Request.SET_VRING_ENABLE, VRING_STATE.pack(VringState(0, int(on))))
@@ -174,7 +174,7 @@ class FakeFrontEnd:
         """As QEMU does when the device is realized."""
         self.get(Request.GET_FEATURES)
         offered = self.get(Request.GET_PROTOCOL_FEATURES)
-        self.done(Request.SET_PROTOCOL_FEATURES, U64.pack(offered & protocol_features))
+        self.done(Request.SET_PROTOCOL_FEATURES, UINT64.pack(offered & protocol_features))
         assert self.get(Request.GET_QUEUE_NUM) == 1
         assert self.get(Request.GET_MAX_MEM_SLOTS) >= 509
         self.set_channel()
@@ -194,7 +194,7 @@ class FakeFrontEnd:
         features: int = ALL_FEATURES,
     ) -> int:
         """As QEMU does at DRIVER_OK; the answer to ENABLE. Only changes of memory are sent."""
-        self.done(Request.SET_FEATURES, U64.pack(features))
+        self.done(Request.SET_FEATURES, UINT64.pack(features))
         wanted = {region.wire: region for region in regions}
         for wire, region in reversed(self._regions.items()):
             if wire not in wanted:
@@ -226,13 +226,13 @@ class FakeFrontEnd:
         self.get(Request.GET_FEATURES)
         offered = self.get(Request.GET_PROTOCOL_FEATURES)
         uml = ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
-        self.done(Request.SET_PROTOCOL_FEATURES, U64.pack(offered & (uml | ProtocolFeature.MQ)))
+        self.done(Request.SET_PROTOCOL_FEATURES, UINT64.pack(offered & (uml | ProtocolFeature.MQ)))
         self.set_channel()
         assert self.get(Request.GET_QUEUE_NUM) == 1
 
     def start_uml(self, region: SharedRegion, ring: Ring, features: int = ALL_FEATURES) -> int:
         """As UML does when the 9P driver binds; the answer to ENABLE. Its log address is ~0."""
-        self.done(Request.SET_FEATURES, U64.pack(features))
+        self.done(Request.SET_FEATURES, UINT64.pack(features))
         assert self.set_mem_table([region]) == 0
         self.set_vring_fd(Request.SET_VRING_CALL, ring.call)
         self._set_up(ring, 0, log=(1 << 64) - 1)

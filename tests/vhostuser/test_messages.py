@@ -8,26 +8,26 @@ from hypothesis import strategies as st
 from ninepd.errors import Refused
 from ninepd.vhostuser.messages import (
     CONFIG,
-    HEADER,
     LOG_AREA,
     MEMORY_TABLE,
+    MESSAGE_HEADER,
     NEED_REPLY,
     NOFD,
     NOTHING,
     REGION,
     REPLY,
     REQUESTS,
-    U64,
+    UINT64,
     VERSION,
     VRING_ADDR,
     VRING_STATE,
-    Codec,
-    Config,
+    ConfigSpace,
     Fixed,
     Header,
     LogArea,
     MemoryRegion,
     Message,
+    PayloadCodec,
     Request,
     VringAddr,
     VringState,
@@ -41,16 +41,16 @@ u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)
 regions = st.builds(MemoryRegion, u64, u64, u64, u64)
 
-VALUES: list[tuple[Codec[Any], st.SearchStrategy[Any]]] = [
-    (HEADER, st.builds(Header, u32, u32, u32)),
+VALUES: list[tuple[PayloadCodec[Any], st.SearchStrategy[Any]]] = [
+    (MESSAGE_HEADER, st.builds(Header, u32, u32, u32)),
     (NOTHING, st.just(())),
-    (U64, u64),
+    (UINT64, u64),
     (VRING_STATE, st.builds(VringState, u32, u32)),
     (VRING_ADDR, st.builds(VringAddr, u32, u32, u64, u64, u64, u64)),
     (REGION, regions),
     (LOG_AREA, st.builds(LogArea, u64, u64)),
     (MEMORY_TABLE, st.lists(regions, max_size=130).map(tuple)),
-    (CONFIG, st.builds(Config, u32, u32, st.binary(max_size=300))),
+    (CONFIG, st.builds(ConfigSpace, u32, u32, st.binary(max_size=300))),
 ]
 
 SERVED = [request for request in Request if REQUESTS[request].payload is not None]
@@ -89,10 +89,10 @@ def test_every_codec_refuses_or_understands_any_bytes(data: st.DataObject, wire:
 
 
 def test_sizes_are_those_of_the_c_structs() -> None:
-    codecs = (HEADER, U64, VRING_STATE, VRING_ADDR, REGION, LOG_AREA)
+    codecs = (MESSAGE_HEADER, UINT64, VRING_STATE, VRING_ADDR, REGION, LOG_AREA)
     assert [codec.size for codec in codecs] == [12, 8, 8, 40, 40, 16]
     assert len(MEMORY_TABLE.pack((MemoryRegion(0, 0, 0, 0),) * 3)) == 8 + 32 * 3
-    assert len(CONFIG.pack(Config(0, 0, bytes(34)))) == 12 + 34
+    assert len(CONFIG.pack(ConfigSpace(0, 0, bytes(34)))) == 12 + 34
 
 
 def test_fields_lie_where_qemu_puts_them() -> None:
@@ -103,7 +103,7 @@ def test_fields_lie_where_qemu_puts_them() -> None:
     fields = struct.pack("=QQQQ", 1, 2, 3, 4)
     assert REGION.unpack(b"\xff" * 8 + fields) == region
     assert MEMORY_TABLE.unpack(struct.pack("=II", 1, 99) + fields) == (region,)
-    assert CONFIG.unpack(struct.pack("=III", 7, 2, 1) + b"ab") == Config(7, 1, b"ab")
+    assert CONFIG.unpack(struct.pack("=III", 7, 2, 1) + b"ab") == ConfigSpace(7, 1, b"ab")
 
 
 def test_every_request_has_a_row() -> None:
@@ -183,12 +183,12 @@ TABLE_OF_TWO = MEMORY_TABLE.pack((MemoryRegion(0, 1, 0, 0), MemoryRegion(1, 1, 1
     [
         (Request.GET_FEATURES, b"", ANY),
         (Request.REM_MEM_REG, bytes(40), ANY),
-        (Request.SET_VRING_KICK, U64.pack(0), {1}),
-        (Request.SET_VRING_KICK, U64.pack(NOFD), {0}),
-        (Request.SET_VRING_CALL, U64.pack(0), {1}),
-        (Request.SET_VRING_CALL, U64.pack(NOFD), {0}),
-        (Request.SET_VRING_ERR, U64.pack(0), {1}),
-        (Request.SET_VRING_ERR, U64.pack(NOFD), {0}),
+        (Request.SET_VRING_KICK, UINT64.pack(0), {1}),
+        (Request.SET_VRING_KICK, UINT64.pack(NOFD), {0}),
+        (Request.SET_VRING_CALL, UINT64.pack(0), {1}),
+        (Request.SET_VRING_CALL, UINT64.pack(NOFD), {0}),
+        (Request.SET_VRING_ERR, UINT64.pack(0), {1}),
+        (Request.SET_VRING_ERR, UINT64.pack(NOFD), {0}),
         (Request.ADD_MEM_REG, bytes(40), {1}),
         (Request.SET_BACKEND_REQ_FD, b"", {1}),
         (Request.SET_MEM_TABLE, TABLE_OF_TWO, {2}),
@@ -205,7 +205,7 @@ def test_descriptors_are_counted(request_id: Request, payload: bytes, accepted: 
 
 
 def test_a_reply_has_flags_5() -> None:
-    assert reply(Request.GET_FEATURES, U64.pack(7)) == struct.pack("=IIIQ", 1, 5, 8, 7)
+    assert reply(Request.GET_FEATURES, UINT64.pack(7)) == struct.pack("=IIIQ", 1, 5, 8, 7)
 
 
 def test_messages_are_named_for_the_log() -> None:

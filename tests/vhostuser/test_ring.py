@@ -4,7 +4,7 @@ import pytest
 
 from ninepd.vhostuser.messages import (
     NOFD,
-    U64,
+    UINT64,
     Request,
     VirtioFeature,
 )
@@ -59,7 +59,7 @@ def test_there_is_one_queue(running: Dialogue, queue: int) -> None:
     assert running.refusal == f"there is no ring {queue}"
     fds = () if queue & NOFD else (3,)
     for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
-        assert running.ack(request, U64.pack(queue), *fds) == 1
+        assert running.ack(request, UINT64.pack(queue), *fds) == 1
     assert running.state == before
 
 
@@ -70,18 +70,18 @@ def test_ring_descriptors(front: Dialogue) -> None:
         Request.SET_VRING_ERR: SetErr,
     }
     for request, make in effects.items():
-        assert front.ack(request, U64.pack(0), 5) == 0
+        assert front.ack(request, UINT64.pack(0), 5) == 0
         assert front.effect == make(5)
-        assert front.ack(request, U64.pack(NOFD)) == 0
+        assert front.ack(request, UINT64.pack(NOFD)) == 0
         assert front.effect == make(None)
         for payload, fds in [(0, ()), (0, (1, 2)), (NOFD, (1,)), (1 << 9, (1,)), (1 << 32, (1,))]:
-            assert front.ack(request, U64.pack(payload), *fds) == 1
+            assert front.ack(request, UINT64.pack(payload), *fds) == 1
             assert front.effect is None
 
 
 def test_a_kick_that_is_refused_does_not_start(front: Dialogue) -> None:
     front.set_up()
-    assert front.ack(Request.SET_VRING_KICK, U64.pack(0)) == 1
+    assert front.ack(Request.SET_VRING_KICK, UINT64.pack(0)) == 1
     assert not front.state.ring.started
 
 
@@ -103,7 +103,7 @@ def test_start_needs_kick_and_enable(front: Dialogue) -> None:
 def test_without_protocol_features_a_kick_is_enough(front: Dialogue) -> None:
     front.set_up()
     legacy = OFFERED_FEATURES & ~VirtioFeature.PROTOCOL_FEATURES
-    assert front.ack(Request.SET_FEATURES, U64.pack(legacy)) == 0
+    assert front.ack(Request.SET_FEATURES, UINT64.pack(legacy)) == 0
     assert front.state.ring.enabled
     assert front.kick() == 0
     assert front.state.runnable
@@ -155,7 +155,7 @@ def test_event_idx_needs_two_more_bytes(front: Dialogue) -> None:
     assert front.kick() == 0
     assert front.enable(1) == 1
     plain = OFFERED_FEATURES & ~VirtioFeature.EVENT_IDX
-    assert front.ack(Request.SET_FEATURES, U64.pack(plain)) == 0
+    assert front.ack(Request.SET_FEATURES, UINT64.pack(plain)) == 0
     assert front.enable(1) == 0
 
 
@@ -187,7 +187,7 @@ def test_no_memory_at_all_names_the_cure(front: Dialogue) -> None:
 
 
 def test_a_kick_on_an_enabled_ring_is_refused_if_it_cannot_run(front: Dialogue) -> None:
-    assert front.ack(Request.SET_FEATURES, U64.pack(0)) == 0
+    assert front.ack(Request.SET_FEATURES, UINT64.pack(0)) == 0
     assert front.kick() == 1
     assert front.effect == RingFault()
     assert not front.state.ring.started
@@ -227,7 +227,7 @@ def test_a_broken_ring_stays_broken(running: Dialogue) -> None:
         running.kick,
         lambda: running.table(LOW),
         lambda: running.num(128),
-        lambda: running.ack(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES)),
+        lambda: running.ack(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES)),
         running.addr,
     ]
     for attempt in attempts:
@@ -276,7 +276,7 @@ def test_resets_disable(running: Dialogue) -> None:
 def test_unoffered_features_change_nothing(running: Dialogue) -> None:
     before = running.state
     for bit in (24, 33, 34, 35, 40, 63):
-        assert running.ack(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES | 1 << bit)) == 1
+        assert running.ack(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES | 1 << bit)) == 1
         assert running.state == before
 
 
@@ -286,7 +286,7 @@ def test_a_ring_must_hold_a_request_and_its_reply(front: Dialogue, num: int) -> 
     assert front.num(num) == 0
     assert front.kick() == 0
     assert front.enable(1) == 0, "an indirect table has room"
-    assert front.ack(Request.SET_FEATURES, U64.pack(VirtioFeature.PROTOCOL_FEATURES)) == 0
+    assert front.ack(Request.SET_FEATURES, UINT64.pack(VirtioFeature.PROTOCOL_FEATURES)) == 0
     assert not front.state.runnable
     assert front.enable(1) == 1
     assert front.refusal == (

@@ -7,19 +7,19 @@ from hypothesis import strategies as st
 
 from ninepd.vhostuser.messages import (
     CONFIG,
-    HEADER,
     LOG_AREA,
     MEMORY_TABLE,
+    MESSAGE_HEADER,
     NEED_REPLY,
     NOFD,
     REGION,
     REPLY,
     REQUESTS,
-    U64,
+    UINT64,
     VERSION,
     VRING_ADDR,
     VRING_STATE,
-    Config,
+    ConfigSpace,
     Header,
     LogArea,
     MemoryRegion,
@@ -45,30 +45,30 @@ def test_qemu() -> None:
     def connect() -> None:
         assert front.get(Request.GET_FEATURES) == OFFERED_FEATURES
         offered = front.get(Request.GET_PROTOCOL_FEATURES)
-        assert front.send(Request.SET_PROTOCOL_FEATURES, U64.pack(offered)) is None
+        assert front.send(Request.SET_PROTOCOL_FEATURES, UINT64.pack(offered)) is None
         assert front.get(Request.GET_QUEUE_NUM) == 1
         assert front.get(Request.GET_MAX_MEM_SLOTS) == 509
         assert front.ack(Request.SET_BACKEND_REQ_FD, b"", 4) == 0
         assert front.effect == SetChannel(4)
         assert front.ack(Request.SET_OWNER) == 0
         assert front.get(Request.GET_FEATURES) == OFFERED_FEATURES
-        assert front.send(Request.SET_VRING_CALL, U64.pack(0), 5) is None
-        assert front.send(Request.SET_VRING_ERR, U64.pack(0), 6) is None
+        assert front.send(Request.SET_VRING_CALL, UINT64.pack(0), 5) is None
+        assert front.send(Request.SET_VRING_ERR, UINT64.pack(0), 6) is None
         assert front.config(0, 34) == CONFIG_SPACE.ljust(34, b"\0")
 
     def start(base: int) -> None:
-        assert front.send(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES)) is None
+        assert front.send(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES)) is None
         for region in (LOW, HIGH):
             if region not in front.state.regions:
                 assert front.add(region) == 0
         front.send(Request.SET_VRING_NUM, VRING_STATE.pack(VringState(0, 128)))
         front.send(Request.SET_VRING_BASE, VRING_STATE.pack(VringState(0, base)))
         front.send(Request.SET_VRING_ADDR, VRING_ADDR.pack(RING))
-        front.send(Request.SET_VRING_KICK, U64.pack(0), 7)
-        front.send(Request.SET_VRING_CALL, U64.pack(0), 8)
+        front.send(Request.SET_VRING_KICK, UINT64.pack(0), 7)
+        front.send(Request.SET_VRING_CALL, UINT64.pack(0), 8)
         assert not front.state.runnable
         assert front.enable(1) == 0
-        front.send(Request.SET_VRING_CALL, U64.pack(0), 9)
+        front.send(Request.SET_VRING_CALL, UINT64.pack(0), 9)
         assert front.state.runnable
 
     def stop(base: int) -> None:
@@ -99,13 +99,13 @@ def test_user_mode_linux() -> None:
     assert front.send(Request.SET_OWNER) is None
     assert front.get(Request.GET_FEATURES) == OFFERED_FEATURES
     assert front.get(Request.GET_PROTOCOL_FEATURES) == OFFERED_PROTOCOL_FEATURES
-    assert front.ack(Request.SET_PROTOCOL_FEATURES, U64.pack(0x229)) == 0
+    assert front.ack(Request.SET_PROTOCOL_FEATURES, UINT64.pack(0x229)) == 0
     assert front.ack(Request.SET_BACKEND_REQ_FD, b"", 4) == 0
     assert front.get(Request.GET_QUEUE_NUM) == 1
     for _probe in range(3):
-        assert front.ack(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES)) == 0
+        assert front.ack(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES)) == 0
         assert front.table(region) == 0
-        assert front.ack(Request.SET_VRING_CALL, U64.pack(0), 5) == 0
+        assert front.ack(Request.SET_VRING_CALL, UINT64.pack(0), 5) == 0
         assert front.num(256) == 0
         assert front.base(0) == 0
         assert front.addr(ring) == 0
@@ -128,9 +128,9 @@ def test_cloud_hypervisor() -> None:
     assert front.ack(Request.SET_OWNER) == 0
     assert front.get(Request.GET_FEATURES) == OFFERED_FEATURES
     offered = front.get(Request.GET_PROTOCOL_FEATURES)
-    assert front.ack(Request.SET_PROTOCOL_FEATURES, U64.pack(offered)) == 0
+    assert front.ack(Request.SET_PROTOCOL_FEATURES, UINT64.pack(offered)) == 0
     assert front.get(Request.GET_QUEUE_NUM) == 1
-    assert front.ack(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES)) == 0
+    assert front.ack(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES)) == 0
     assert front.table(LOW) == 0
     assert front.num(128) == 0
     assert front.addr() == 0
@@ -148,7 +148,7 @@ def test_cloud_hypervisor() -> None:
     assert front.stop() == (0, 3)
     # Restore sends SET_PROTOCOL_FEATURES without having asked.
     assert front.ack(Request.SET_OWNER) == 0
-    assert front.ack(Request.SET_PROTOCOL_FEATURES, U64.pack(offered)) == 0
+    assert front.ack(Request.SET_PROTOCOL_FEATURES, UINT64.pack(offered)) == 0
 
 
 def test_crosvm() -> None:
@@ -156,18 +156,18 @@ def test_crosvm() -> None:
     features = OFFERED_FEATURES & ~VirtioFeature.INDIRECT_DESC
     front.send(Request.SET_OWNER)
     front.get(Request.GET_FEATURES)
-    front.send(Request.SET_PROTOCOL_FEATURES, U64.pack(front.get(Request.GET_PROTOCOL_FEATURES)))
+    front.send(Request.SET_PROTOCOL_FEATURES, UINT64.pack(front.get(Request.GET_PROTOCOL_FEATURES)))
     front.send(Request.SET_BACKEND_REQ_FD, b"", 4)
     assert front.get(Request.GET_QUEUE_NUM) == 1
-    front.send(Request.SET_FEATURES, U64.pack(features))
+    front.send(Request.SET_FEATURES, UINT64.pack(features))
     big = RING._replace(avail=LOW.ua + 0x100000, used=LOW.ua + 0x200000)
     for _activation in range(2):  # the second time without SET_FEATURES
         assert front.table(LOW) == 0
         front.num(32768)
         front.addr(big)
         front.base(0)
-        front.send(Request.SET_VRING_CALL, U64.pack(0), 5)
-        front.send(Request.SET_VRING_KICK, U64.pack(0), 6)
+        front.send(Request.SET_VRING_CALL, UINT64.pack(0), 5)
+        front.send(Request.SET_VRING_KICK, UINT64.pack(0), 6)
         front.send(Request.SET_VRING_ENABLE, VRING_STATE.pack(VringState(0, 1)))
         assert front.state.runnable
         assert front.state.features == features
@@ -184,7 +184,7 @@ region_values = st.one_of(
     st.sampled_from([LOW, HIGH]), st.builds(MemoryRegion, small, small, small, small)
 )
 BODIES: dict[object, st.SearchStrategy[Any]] = {
-    U64: st.sampled_from([0, 1, NOFD, OFFERED_FEATURES, 0x229, OFFERED_PROTOCOL_FEATURES, TOP]),
+    UINT64: st.sampled_from([0, 1, NOFD, OFFERED_FEATURES, 0x229, OFFERED_PROTOCOL_FEATURES, TOP]),
     VRING_STATE: st.builds(VringState, u32, u32),
     VRING_ADDR: st.one_of(
         st.just(RING), st.builds(VringAddr, u32, u32, small, small, small, small)
@@ -192,7 +192,7 @@ BODIES: dict[object, st.SearchStrategy[Any]] = {
     REGION: region_values,
     LOG_AREA: st.builds(LogArea, small, small),
     MEMORY_TABLE: st.lists(region_values, max_size=3).map(tuple),
-    CONFIG: st.builds(Config, u32, u32, st.binary(max_size=40)),
+    CONFIG: st.builds(ConfigSpace, u32, u32, st.binary(max_size=40)),
 }
 
 
@@ -239,9 +239,9 @@ def check_reply(message: Message, reply: bytes | None) -> None:
     own_body = request in REQUESTS and REQUESTS[request].refusal is not None
     assert (reply is not None) == bool(own_body or flags & NEED_REPLY)
     if reply is not None:
-        assert HEADER.unpack(reply[:12]) == (request, 5, len(reply) - 12)
+        assert MESSAGE_HEADER.unpack(reply[:12]) == (request, 5, len(reply) - 12)
         if not own_body:
-            assert U64.unpack(reply[12:]) in (0, 1)
+            assert UINT64.unpack(reply[12:]) in (0, 1)
 
 
 def check_state(state: State) -> None:

@@ -10,10 +10,10 @@ from ninepd.vhostuser.messages import (
     NEED_REPLY,
     REGION,
     REPLY,
-    U64,
+    UINT64,
     VERSION,
     VRING_STATE,
-    Config,
+    ConfigSpace,
     Header,
     LogArea,
     MemoryRegion,
@@ -59,19 +59,19 @@ def test_offers() -> None:
 def test_the_bit_in_the_message_decides_about_an_ack() -> None:
     front = Dialogue(negotiated=False)
     # User-Mode Linux asks before anything is negotiated.
-    assert front.ack(Request.SET_PROTOCOL_FEATURES, U64.pack(OFFERED_PROTOCOL_FEATURES)) == 0
-    assert front.send(Request.SET_FEATURES, U64.pack(OFFERED_FEATURES)) is None
-    assert front.send(Request.SET_FEATURES, U64.pack(TOP)) is None
+    assert front.ack(Request.SET_PROTOCOL_FEATURES, UINT64.pack(OFFERED_PROTOCOL_FEATURES)) == 0
+    assert front.send(Request.SET_FEATURES, UINT64.pack(OFFERED_FEATURES)) is None
+    assert front.send(Request.SET_FEATURES, UINT64.pack(TOP)) is None
     assert front.refusal == "feature bits 0xfffffffe8bfffffe were not offered"
 
 
 @pytest.mark.parametrize("flags", [VERSION, VERSION | NEED_REPLY])
 def test_a_body_of_its_own_comes_once_and_always(running: Dialogue, flags: int) -> None:
     state = VRING_STATE.pack(VringState(0, 0))
-    config = CONFIG.pack(Config(0, 0, bytes(6)))
-    assert running.send(Request.GET_FEATURES, flags=flags) == U64.pack(OFFERED_FEATURES)
-    assert running.send(Request.GET_QUEUE_NUM, flags=flags) == U64.pack(1)
-    assert running.send(Request.GET_MAX_MEM_SLOTS, flags=flags) == U64.pack(509)
+    config = CONFIG.pack(ConfigSpace(0, 0, bytes(6)))
+    assert running.send(Request.GET_FEATURES, flags=flags) == UINT64.pack(OFFERED_FEATURES)
+    assert running.send(Request.GET_QUEUE_NUM, flags=flags) == UINT64.pack(1)
+    assert running.send(Request.GET_MAX_MEM_SLOTS, flags=flags) == UINT64.pack(509)
     assert running.send(Request.GET_CONFIG, config, flags=flags) == config[:12] + CONFIG_SPACE
     assert running.send(Request.GET_VRING_BASE, state, flags=flags) == state
 
@@ -86,15 +86,15 @@ def test_unknown_requests(front: Dialogue, request_id: int) -> None:
 @pytest.mark.parametrize(
     ("request_id", "body"),
     [
-        (Request.GET_FEATURES, U64.pack(0)),
+        (Request.GET_FEATURES, UINT64.pack(0)),
         (Request.GET_VRING_BASE, bytes(8)),
-        (Request.GET_QUEUE_NUM, U64.pack(0)),
-        (Request.IOTLB_MSG, U64.pack(1)),
+        (Request.GET_QUEUE_NUM, UINT64.pack(0)),
+        (Request.IOTLB_MSG, UINT64.pack(1)),
         (Request.GET_CONFIG, b""),
-        (Request.POSTCOPY_LISTEN, U64.pack(1)),
+        (Request.POSTCOPY_LISTEN, UINT64.pack(1)),
         (Request.GET_INFLIGHT_FD, bytes(24)),
-        (Request.SET_DEVICE_STATE_FD, U64.pack(0x101)),
-        (Request.CHECK_DEVICE_STATE, U64.pack(1)),
+        (Request.SET_DEVICE_STATE_FD, UINT64.pack(0x101)),
+        (Request.CHECK_DEVICE_STATE, UINT64.pack(1)),
         (Request.GET_SHMEM_CONFIG, bytes(2056)),
     ],
 )
@@ -110,7 +110,7 @@ def test_bad_flags_change_nothing(running: Dialogue) -> None:
         off = VRING_STATE.pack(VringState(0, 0))
         assert running.send(Request.SET_VRING_ENABLE, off, flags=flags) is None
         nack = running.send(Request.SET_VRING_ENABLE, off, flags=flags | NEED_REPLY)
-        assert nack == U64.pack(1)
+        assert nack == UINT64.pack(1)
         assert running.state == before
     assert running.enable(0) == 0
 
@@ -125,7 +125,7 @@ def test_unnegotiated_requests_are_refused() -> None:
 
 
 def test_protocol_features_that_were_not_offered(front: Dialogue) -> None:
-    assert front.ack(Request.SET_PROTOCOL_FEATURES, U64.pack(1 << 14)) == 1
+    assert front.ack(Request.SET_PROTOCOL_FEATURES, UINT64.pack(1 << 14)) == 1
     assert front.state.protocol_features == OFFERED_PROTOCOL_FEATURES
 
 
@@ -147,7 +147,7 @@ def test_config_is_served_before_and_without_negotiation() -> None:
 
 
 def test_config_cannot_be_written(front: Dialogue) -> None:
-    assert front.ack(Request.SET_CONFIG, CONFIG.pack(Config(0, 1, b"evil"))) == 0
+    assert front.ack(Request.SET_CONFIG, CONFIG.pack(ConfigSpace(0, 1, b"evil"))) == 0
     assert front.config(0, 6) == CONFIG_SPACE
 
 
@@ -287,7 +287,7 @@ def test_a_ring_without_its_memory_pauses(running: Dialogue) -> None:
     [
         (Request.SET_MEM_TABLE, MEMORY_TABLE.pack((HIGH,)), (1,)),
         (Request.ADD_MEM_REG, REGION.pack(MemoryRegion(1 << 40, 4096, 0, 0)), (1,)),
-        (Request.SET_VRING_KICK, U64.pack(0), (1,)),
+        (Request.SET_VRING_KICK, UINT64.pack(0), (1,)),
         (Request.SET_VRING_ENABLE, VRING_STATE.pack(VringState(0, 0)), ()),
         (Request.SET_OWNER, b"", ()),
     ],
@@ -296,7 +296,7 @@ def test_a_failing_effect_is_taken_back(
     running: Dialogue, request_id: int, payload: bytes, fds: tuple[int, ...]
 ) -> None:
     before = running.state
-    for flags, reply in ((VERSION | NEED_REPLY, U64.pack(1)), (VERSION, None)):
+    for flags, reply in ((VERSION | NEED_REPLY, UINT64.pack(1)), (VERSION, None)):
         step = running.session.handle(
             Message(Header(request_id, flags, len(payload)), payload, fds)
         )
@@ -331,13 +331,13 @@ def test_a_log_without_its_feature_gets_no_body() -> None:
     front = Dialogue(negotiated=False)
     assert front.send(Request.SET_LOG_BASE, LOG_AREA.pack(LogArea(4096, 0)), 5) is None
     assert front.refusal == "LOG_SHMFD was not negotiated"
-    assert front.ack(Request.SET_LOG_BASE, U64.pack(0)) == 1
+    assert front.ack(Request.SET_LOG_BASE, UINT64.pack(0)) == 1
 
 
 def test_logging_is_switched_by_feature_and_flag(running: Dialogue) -> None:
     assert running.state.logging
     quiet = OFFERED_FEATURES & ~VirtioFeature.LOG_ALL
-    assert running.ack(Request.SET_FEATURES, U64.pack(quiet)) == 0
+    assert running.ack(Request.SET_FEATURES, UINT64.pack(quiet)) == 0
     assert running.effect == DropLog()
     assert not running.state.logging
     assert running.state.runnable
