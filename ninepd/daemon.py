@@ -137,6 +137,7 @@ class ExportServer:
         self._closing: list[asyncio.Future[None]] = []
         """Of connections that have ended, or are about to."""
         self._served = False
+        self._pause: asyncio.TimerHandle | None = None
         self._may_accept = True
         """Has the last attempt to accept a front end not failed?"""
 
@@ -154,6 +155,8 @@ class ExportServer:
 
         Storage that does not answer is not waited for.
         """
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._offer.listener.socket)
         self._offer.listener.socket.close()
         connection, self._connection = self._connection, None
@@ -173,7 +176,9 @@ class ExportServer:
             self._may_accept = False
             # It stays in the backlog, and would bring us back at once.
             self._loop.remove_reader(sock)
-            self._loop.call_later(_ACCEPT_PAUSE, self._loop.add_reader, sock, self._accept)
+            self._pause = self._loop.call_later(
+                _ACCEPT_PAUSE, self._loop.add_reader, sock, self._accept
+            )
             return
         self._may_accept = True
         if self._connection is not None:

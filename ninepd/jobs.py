@@ -227,6 +227,10 @@ class Jobs:
             log.exception("%s: a bug kept a fid from being released", self._name)
         job.state = JobState.DONE
         self._done.put(job)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Have the thread that serves the ring ask for what is completed."""
         with self._close_lock:
             if not self._closed:
                 self._wake()
@@ -272,6 +276,7 @@ class Jobs:
         self._set_ended(job)
         job.guest.unpin(job.payload.pins)
         job.state = JobState.HELD
+        self._workers.when_idle(self._look_again)
         return False
 
     def _set_running(self, job: Job) -> None:

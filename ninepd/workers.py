@@ -23,6 +23,7 @@ class Workers:
         """Guards the numbers; held across no call that waits."""
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._idle = 0
+        self._wanted: list[Task] = []
         self._closed = False
 
     def start(self, task: Task) -> bool:
@@ -38,6 +39,14 @@ class Workers:
         except RuntimeError:  # the limit of threads, or of memory
             return False
         return True
+
+    def when_idle(self, callback: Task) -> None:
+        """Call back once, on some thread, when ``start`` can succeed again after it could not."""
+        with self._lock:
+            if not self._idle:
+                self._wanted.append(callback)
+                return
+        callback()
 
     def reserve(self) -> bool:
         """Have one thread wait for a task, for the next ``start``; False if none can be had."""
@@ -63,6 +72,9 @@ class Workers:
                 if self._closed:
                     return
                 self._idle += 1
+                wanted, self._wanted = self._wanted, []
+            for callback in wanted:
+                callback()
             task = self._tasks.get()
 
 

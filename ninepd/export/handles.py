@@ -39,6 +39,7 @@ class Handle(Holder):
         "_name",
         "directory",
         "file_handle",
+        "followed",
         "generation",
         "ino",
         "kind",
@@ -61,6 +62,8 @@ class Handle(Holder):
         """Where it was found: a hint, which may no longer be true. None for the root, and for
         what was found by its ``..``."""
         self._name = b""
+        self.followed = False
+        """Has the host moved it since the guest found it there, and was that noticed?"""
         self.file_handle = b""
         """Its file handle while it is reclaimed."""
         self.opened: tuple[Opened, ...] = ()
@@ -388,9 +391,10 @@ class HandleTable:
     def hint_for(self, handle: Handle, directory: Handle, name: bytes) -> Hint | None:
         """What a fid has to remember that found ``handle`` there: nothing, if the handle does.
 
-        The place comes with a reference to its directory.
+        Once the handle has followed the host, fids with nothing to remember are those of its old
+        name. The hint comes with a reference to its directory.
         """
-        if handle.has_hint(directory, name) or name in {b".", b".."}:
+        if name in {b".", b".."} or (handle.has_hint(directory, name) and not handle.followed):
             return None
         return self.share(directory), name
 
@@ -435,6 +439,7 @@ class HandleTable:
     def found_at(self, handle: Handle, hint: Hint) -> None:
         """The host has moved it there. Takes over the reference to the directory."""
         with self._lock:
+            handle.followed = True
             left = self._hint(handle, *hint)
         for directory in left:
             self.release(directory)

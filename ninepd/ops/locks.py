@@ -4,7 +4,9 @@ What matters here is the guest as a whole against other guests and host processe
 is one lock descriptor, with the union of what the guest's owners hold. It is separate from the
 fids' own: closing any of those must not drop a lock, and a write lock on a read-only fid (flock(2)
 allows it) needs a descriptor that is open for writing. Only while something is locked for writing
-it is: a file that is open for writing cannot be executed, nor get a read lease, on the host.
+it is: a file that is open for writing cannot be executed, nor get a read lease, on the host. Where
+the daemon may not write, the host gets a read lock in place of a write lock. That keeps out whoever
+writes, and the guest's own kernel all others of the guest; it does not keep out another's readers.
 
 Linux settles conflicts between its own processes before it asks (fs/9p/vfs_file.c,
 v9fs_file_do_lock), and tells us neither whether a lock is one of fcntl(2), which belongs to a
@@ -42,6 +44,7 @@ _TO_HOST: Final = {
     LockType.UNLCK: fcntl.F_UNLCK,
 }
 _FROM_HOST: Final = {host: guest for guest, host in _TO_HOST.items()}
+_NO_WRITE_ACCESS: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ETXTBSY})
 
 
 class _Inode:
@@ -60,12 +63,17 @@ class _Inode:
         """Lock a range on the host, at once or not at all; False if others are in the way."""
         assert self.file is not None  # noqa: S101 - opened by whoever calls
         try:
-            self.apply(self.file, kind, start, end)
+            self.apply(self.file, self.possible(kind), start, end)
         except OSError as error:
             if error.errno in {errno.EAGAIN, errno.EACCES}:
                 return False
             raise
         return True
+
+    def possible(self, kind: LockType) -> LockType:
+        """What the descriptor can take: without write access no more than a read lock."""
+        assert self.file is not None  # noqa: S101 - opened by whoever calls
+        return kind if self.file.writable else LockType.RDLCK
 
     def apply(self, file: Opened, kind: LockType, start: int, end: int) -> None:
         self._host.lock(file.fd, _TO_HOST[kind], start, _length(start, end))
@@ -163,6 +171,7 @@ class LockTable:
             gone = inode.ranges.through(fid)
             self._reserve(-len(gone))
             inode.give_back(gone, [], 0, TO_END)
+            self._relax(inode)
         finally:
             self._leave(inode)
 
@@ -294,7 +303,7 @@ class LockTable:
         """Move to another descriptor. All there is to move are read locks, which can be doubled,
         so that the file is never without them.
         """
-        file = self._tree.open(inode.handle, flags, wait)
+        file = self._open(inode.handle, flags, wait)
         self._tree.handles.pin([file], [])  # closing it would drop the locks
         try:
             for start, end in inode.ranges.cover.held():
@@ -309,6 +318,14 @@ class LockTable:
                 old.close()
             except OSError as error:  # nothing was written by it
                 log.warning("closing a file: %s", error)
+
+    def _open(self, handle: Handle, flags: int, wait: bool) -> Opened:
+        try:
+            return self._tree.open(handle, flags, wait)
+        except OSError as error:
+            if flags != os.O_RDWR or error.errno not in _NO_WRITE_ACCESS:
+                raise
+        return self._tree.open(handle, os.O_RDONLY, wait)
 
 
 def span(start: int, length: int) -> tuple[int, int]:
@@ -334,7 +351,7 @@ def _settled(held: Range, fid: "Fid") -> bool:
     names that the host gave a file one after the other, are two inodes without ``cache=loose``
     (fs/9p/vfs_inode_dotl.c, v9fs_get_new_inode_from_fid), and nobody but us excludes their users.
     """
-    return held.fid is fid or held.fid.hint == fid.hint
+    return held.fid is fid or held.fid.own_hint == fid.own_hint
 
 
 def _given_back(ranges: Ranges, new: Range) -> list[Range]:

@@ -25,13 +25,15 @@ def act_on_group(host: Host, uid: int, handle: Handle) -> None:
 
 
 def mode_to_create(host: Host, uid: int, gid: int, directory: Handle, mode: int) -> int:
-    """What is left of the mode that a user creates a file with."""
+    """What is left of the mode that a user creates a file with; that stays, whatever the group."""
     if (
         mode & _GROUP_PROGRAM == _GROUP_PROGRAM
         and uid not in {ROOT, gid}
         and host.stat_at(directory.fd, b"").mode & st.S_ISGID
     ):
-        return mode & ~st.S_ISGID
+        mode &= ~st.S_ISGID
+    if mode & st.S_ISGID:
+        host.act_for(ROOT)
     return mode
 
 

@@ -45,6 +45,7 @@ class HandleState:
     known: bool
     directory: int
     name: bytes
+    followed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,7 @@ class _Dump:
                 known=volume.handles.get(handle.ino) is handle,
                 directory=directory,
                 name=name,
+                followed=handle.followed,
             )
         )
 
@@ -231,6 +233,7 @@ def _load_handles(tree: Tree, state: GuestState) -> list[Handle]:
         handle = table.revive(old.fd, stat, old.file_handle, old.known, surveys[old.volume])
         if old.directory != NONE:
             handle.set_hint(table.share(handles[old.directory]), old.name)
+            handle.followed = old.followed
         handles.append(handle)
     return handles
 

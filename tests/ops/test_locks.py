@@ -298,3 +298,19 @@ def test_locks_do_not_leak(daemon: Daemon, first: Client) -> None:
         assert lock(first, 1, WRITE, 0, 10) == SUCCESS
         assert lock(first, 1, UNLOCK, 0, 10) == SUCCESS
     assert daemon.descriptors() == before
+
+
+def test_write_lock_where_nothing_may_be_written(
+    start_daemon: StartDaemon, path: Path, export: Path
+) -> None:
+    """As flock(2) allows it: it keeps writers of the host out."""
+    with Client(start_daemon("--readonly").socket) as client:
+        client.attach()
+        client.open(ROOT, 1, b"f")
+        assert lock(client, 1, WRITE) == SUCCESS
+        assert not host_may(path, fcntl.F_WRLCK)
+        assert host_may(path, fcntl.F_RDLCK)
+        assert lock(client, 1, UNLOCK) == SUCCESS
+        with host_holds(path, fcntl.F_WRLCK):
+            assert lock(client, 1, WRITE) == BLOCKED
+        assert host_may(path, fcntl.F_WRLCK)

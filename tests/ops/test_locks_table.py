@@ -105,3 +105,36 @@ def test_two_requests_on_one_inode_at_once(tree: Tree, fids: list[Fid], export: 
     assert host_may(leased, fcntl.F_WRLCK)  # it let go by itself
     opened.close()
     tree.handles.release(slow.handle)
+
+
+def test_a_name_that_the_host_gave_a_file_is_another_inode_of_the_guest(
+    tree: Tree, fids: list[Fid], export: Path
+) -> None:
+    """Its kernel excludes nobody there, even where the fids' handle has followed the file."""
+    table = LockTable(tree)
+    old, same = fids[:2]
+    assert table.lock(old, WRITE, 0, 0, Owner(1, b"guest"))
+    (export / "a").rename(export / "c")
+    tree.handles.found_at(old.handle, (tree.handles.share(tree.root), b"c"))
+    handle = tree.existing(tree.root, b"c", [])[0]
+    assert handle is old.handle
+    new = Fid(handle, 0, tree.handles.hint_for(handle, tree.root, b"c"))
+    assert not table.lock(new, WRITE, 0, 0, Owner(2, b"guest"))
+    assert table.lock(same, WRITE, 0, 0, Owner(3, b"guest"))
+    table.end()
+    assert new.own_hint is not None
+    for reference in (handle, new.own_hint[0]):
+        tree.handles.release(reference)
+
+
+def test_closing_the_fid_of_a_write_lock_leaves_the_file_open_for_reading_only(
+    tree: Tree, fids: list[Fid], export: Path
+) -> None:
+    table = LockTable(tree)
+    writer, reader = fids[:2]
+    assert table.lock(writer, WRITE, 0, 10, Owner(1, b"guest"))
+    assert table.lock(reader, READ, 20, 10, Owner(2, b"guest"))
+    table.drop(writer)
+    with host_leases(export / "a"):  # which nobody gets on a file that is open for writing
+        pass
+    table.end()

@@ -126,6 +126,21 @@ def test_created_in_a_setgid_directory(user: Client, export: Path, root: int, le
         assert (export / "d" / name).stat().st_gid == FOREIGN
 
 
+def test_what_is_created_does_not_depend_on_what_was_written_before(
+    user: Client, program: Path, export: Path
+) -> None:
+    (export / "d").mkdir()
+    os.chown(export / "d", 0, FOREIGN)
+    (export / "d").chmod(0o2777)
+    user.walk(ROOT, 2, b"d")
+    for name in (b"before", b"after"):
+        user.walk(2, 3)
+        user.rpc(Tlcreate(3, name, 0x42, 0o2775, 0))
+        assert mode_of(export / "d" / name.decode()) == 0o2775
+        write(user, USER)
+        user.clunk(1, 3)
+
+
 @pytest.mark.parametrize(("root", "left"), [(USER, 0o775), (ROOT, 0o2775)])
 def test_acl(user: Client, export: Path, mount_ext4: Mount, root: int, left: int) -> None:
     """As setting a mode, which it is."""
