@@ -668,20 +668,15 @@ static long resident_kib(pid_t pid) {
 
 int main(int argc, char **argv) {
     static const struct option options[] = {
-        {"socket", required_argument, NULL, 's'},
-        {"pid", required_argument, NULL, 'p'},
-        {"workload", required_argument, NULL, 'w'},
-        {"depth", required_argument, NULL, 'd'},
-        {"ms", required_argument, NULL, 't'},
-        {"indirect", no_argument, NULL, 'i'},
-        {"sleep", no_argument, NULL, 'a'},
-        {"hold", required_argument, NULL, 'h'},
-        {"stall", required_argument, NULL, 'x'},
-        {"linger", no_argument, NULL, 'l'},
-        {0},
+        {"socket", required_argument, NULL, 's'},   {"pid", required_argument, NULL, 'p'},
+        {"workload", required_argument, NULL, 'w'}, {"depth", required_argument, NULL, 'd'},
+        {"ms", required_argument, NULL, 't'},       {"indirect", no_argument, NULL, 'i'},
+        {"sleep", no_argument, NULL, 'a'},          {"hold", required_argument, NULL, 'h'},
+        {"stall", required_argument, NULL, 'x'},    {"stalls", required_argument, NULL, 'n'},
+        {"linger", no_argument, NULL, 'l'},         {0},
     };
     const char *path = NULL, *stall = NULL, *name = "getattr";
-    unsigned depth = 1;
+    unsigned depth = 1, stalls = 1;
     uint32_t held = 0;
     uint64_t length = 100;
     pid_t pid = 0;
@@ -715,6 +710,9 @@ int main(int argc, char **argv) {
         case 'x':
             stall = optarg;
             break;
+        case 'n':
+            stalls = (unsigned)atoi(optarg);
+            break;
         case 'l':
             linger = true;
             break;
@@ -722,9 +720,10 @@ int main(int argc, char **argv) {
             return 2;
         }
     }
-    if (!path || !pid || !depth || depth >= LANES)
+    if (!path || !pid || !depth || !stalls || depth + stalls > LANES)
         die("usage: ringdriver --socket PATH --pid PID [--workload NAME] [--depth 1..%d] "
-            "[--ms TIME] [--indirect] [--sleep] [--hold FIDS] [--stall FILE] [--linger]",
+            "[--ms TIME] [--indirect] [--sleep] [--hold FIDS] [--stall FILE [--stalls COUNT]] "
+            "[--linger]",
             LANES - 1);
     const struct workload *workload = find(name);
     clockid_t cpu;
@@ -742,11 +741,10 @@ int main(int argc, char **argv) {
     guest.spin = !asleep;
 
     run(workload, depth, length * 100000); /* a tenth of the time, to warm up */
-    if (stall) {
-        struct lane *lane = lanes + LANES - 1;
-        lane->fid = FIRST_FID + LANES - 1;
-        open_path(lanes, lane->fid, stall, 0);
-        lane->once = true;
+    for (unsigned i = LANES - stalls; stall && i < LANES; i++) {
+        lanes[i].fid = FIRST_FID + i;
+        open_path(lanes, lanes[i].fid, stall, workload->flags);
+        lanes[i].once = true;
     }
     guest.kicks = guest.calls = 0;
     uint64_t waited = waited_ns(pid) + waited_ns(getpid()), cpu_start = clock_ns(cpu);

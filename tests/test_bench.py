@@ -77,7 +77,9 @@ def test_stalls(tmp_path: Path) -> None:
     data = run(tmp_path, "stalls")
     if data["notes"]:
         pytest.skip(data["notes"][0])
-    assert {sample["who"] for sample in data["samples"]["stalls"]} == {"calm", "stalled"}
+    assert {(sample["where"], sample["who"]) for sample in data["samples"]["stalls"]} == {
+        (where, who) for where in ("FUSE", "frozen disk") for who in ("calm", "stalled")
+    }
     check_report(tmp_path, "## Stalls")
 
 
