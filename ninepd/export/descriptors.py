@@ -51,7 +51,7 @@ class Holder:
     references when it is closed.
     """
 
-    __slots__ = ("_fd", "at", "pins", "recent")
+    __slots__ = ("_fd", "at", "followed", "pins", "recent")
 
     def __init__(self, fd: int) -> None:
         """Take over ``fd``. Whoever makes one adds it to its budget."""
@@ -61,6 +61,9 @@ class Holder:
         self.at: i32 = 0
         """Where it stands among the open ones; the budget's."""
         self.recent = True
+        self.followed = False
+        """Of a handle: has the host moved it since the guest found it, and was that noticed? It
+        stands here because here it takes no memory."""
 
     @property
     @abstractmethod

@@ -39,7 +39,6 @@ class Handle(Holder):
         "_name",
         "directory",
         "file_handle",
-        "followed",
         "generation",
         "ino",
         "kind",
@@ -62,8 +61,6 @@ class Handle(Holder):
         """Where it was found: a hint, which may no longer be true. None for the root, and for
         what was found by its ``..``."""
         self._name = b""
-        self.followed = False
-        """Has the host moved it since the guest found it there, and was that noticed?"""
         self.file_handle = b""
         """Its file handle while it is reclaimed."""
         self.opened: tuple[Opened, ...] = ()

@@ -2,11 +2,18 @@
 
 import errno
 from dataclasses import dataclass, field
+from typing import Final
 
-from mypy_extensions import i32, mypyc_attr
+from mypy_extensions import i16, i32, mypyc_attr, u8
 
 from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Hint, Opened
+
+LIVES: Final = 0
+DOOMED: Final = 1
+"""Clunked, but a request still uses it."""
+RELEASED: Final = 2
+"""Somebody has taken it on to close what it holds."""
 
 
 @dataclass(slots=True)
@@ -31,17 +38,17 @@ class Fid:
     """State of one fid.
 
     ``users`` counts requests that are out (jobs.py) and use this fid: as long as there are any, a
-    clunk leaves the descriptors open. It marks the fid ``doomed`` in any case.
+    clunk leaves the descriptors open. It marks the fid ``doomed`` in any case. There may be a
+    million, so each attribute counts.
     """
 
     __slots__ = (
         "attached",
-        "doomed",
+        "fate",
         "handle",
         "locks",
         "opened",
         "own_hint",
-        "released",
         "uid",
         "users",
     )
@@ -55,13 +62,16 @@ class Fid:
         """Where it was found, if its handle was first found at another place."""
         self.opened: Opened | XattrValue | XattrWriter | None = None
         self.users: i32 = 0
-        self.locks: i32 = 0
+        self.locks: i16 = 0
         """How many ranges are locked through it."""
-        self.doomed = False
-        self.released = False
-        """Has somebody taken it on to close what it holds?"""
+        self.fate: u8 = LIVES
         self.attached = False
         """Is it the root of what was attached, which has no name (stat(5))?"""
+
+    @property
+    def doomed(self) -> bool:
+        """Was it clunked?"""
+        return self.fate != LIVES
 
     # What a request may ask of it
 

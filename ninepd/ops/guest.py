@@ -18,7 +18,7 @@ from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Hint, Opened
 from ninepd.export.tree import Tree
 from ninepd.listing import Run
-from ninepd.ops.fid import Fid
+from ninepd.ops.fid import DOOMED, RELEASED, Fid
 from ninepd.ops.locks import LockTable
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
@@ -84,9 +84,9 @@ class Guest:
         with self._lock:
             for fid in fids:
                 fid.users -= 1
-            done = [fid for fid in fids if fid.doomed and not fid.users and not fid.released]
+            done = [fid for fid in fids if fid.fate == DOOMED and not fid.users]
             for fid in done:
-                fid.released = True
+                fid.fate = RELEASED
         for fid in done:
             self._release(fid)
 
@@ -115,10 +115,11 @@ class Guest:
     def retire(self, fid: Fid) -> None:
         """Close what a fid holds, whose number is free: now, or when its last user is done."""
         with self._lock:
-            fid.doomed = True
-            if fid.users or fid.released:
+            if fid.fate == RELEASED:
                 return
-            fid.released = True
+            fid.fate = DOOMED if fid.users else RELEASED
+            if fid.users:
+                return
         self._release(fid)
 
     def close_file(self, fid: Fid, uses: int) -> None:
