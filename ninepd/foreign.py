@@ -15,7 +15,6 @@ import re
 import socket
 import stat
 import threading
-from pathlib import Path
 from typing import Final
 
 from ninepd.errors import Refused
@@ -101,10 +100,13 @@ def _file_system(fd: int) -> str | None:
     """
     if not _link(fd).startswith("/"):
         return None
-    found = _MOUNT_ID.search(Path(f"/proc/self/fdinfo/{fd}").read_text())
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        found = _MOUNT_ID.search(info.read())
     mount_id = found[1] if found else ""
     types: dict[str, str] = {}
-    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+    with open("/proc/self/mountinfo", errors="replace") as mounts:
+        lines = mounts.readlines()
+    for line in lines:
         about, _, file_system = line.partition(" - ")
         number, _parent, device, *_ = about.split()
         kind = file_system.split()[0]
