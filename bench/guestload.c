@@ -152,6 +152,23 @@ static void readdir_all(void) {
     say("readdir-entries", done);
 }
 
+/* One entry after the other, each from where the last one ended, as NFS servers and shells do. */
+static void seek_each(void) {
+    uint64_t done = 0;
+    long at = 0;
+    DIR *dir = opendir("many");
+    if (!dir)
+        die("many: %s", strerror(errno));
+    begin();
+    do {
+        seekdir(dir, at);
+        at = readdir(dir) ? telldir(dir) : 0;
+        done++;
+    } while (!time_is_up());
+    say("seekdir", done);
+    closedir(dir);
+}
+
 static void read_all(void) {
     int fd = open_file("file", O_RDONLY);
     begin();
@@ -209,6 +226,7 @@ static const struct {
     {"open-read-close", open_read_all},
     {"files", make_rename_unlink},
     {"readdir", readdir_all},
+    {"seekdir", seek_each},
     {"read", read_all},
     {"write", write_all},
     {"fsync", fsync_each},

@@ -27,7 +27,8 @@ MSIZE: Final = 512_000
 PLACE: Final = "/bench"
 PROGRAM: Final = "/tmp/guestload"  # noqa: S108 - in the guest
 WORKLOADS: Final = (
-    "pread-4k", "pwrite-4k", "stat", "open-read-close", "files", "readdir", "read", "write",
+    "pread-4k", "pwrite-4k", "stat", "open-read-close", "files", "readdir", "seekdir", "read",
+    "write",
     "fsync",
 )  # fmt: skip
 UNPACK: Final = "untar=tar x -f archive.tar -C /bench && rm -r unpacked"
