@@ -5,10 +5,13 @@ call it back until the thaw.
 """
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ninepd.p9.messages import (
     Rflush,
     Rlerror,
     Rmkdir,
+    Rread,
     Rsetattr,
     Rwrite,
     Tflush,
@@ -25,20 +29,27 @@ from ninepd.p9.messages import (
     Tmkdir,
     Tmknod,
     Tread,
+    Treaddir,
     Tsetattr,
     Tsymlink,
+    Twalk,
     Twrite,
     decode,
 )
 from ninepd.vhostuser.messages import Request
 from tests.conftest import Mount, StartDaemon
+from tests.support import storage
 from tests.support.client import ROOT, TAG, Client, Daemon, send
 from tests.support.driver import Driver
 from tests.support.frontend import SharedRegion
-from tests.support.storage import frozen, waits_for_storage
+from tests.support.storage import Fuse, StartFuse, frozen, waits_for_storage
 from tests.support.waiting import eventually, promptly
 
 RDWR = 2
+
+fuses = storage.fuses
+start_fuse = storage.start_fuse
+start_daemon = storage.start_daemon
 
 
 @pytest.fixture
@@ -284,3 +295,83 @@ def test_end_of_the_process_waits_for_no_storage(
         client.front_end.socket.settimeout(5)
         assert client.front_end.socket.recv(1) == b""
         eventually(lambda: not Path(daemon.socket).exists(), "the socket goes")
+
+
+# A disk that does not read
+
+
+@pytest.fixture
+def backing(start_fuse: StartFuse, tmp_path: Path) -> Fuse:
+    """Where the image of a disk lies."""
+    return start_fuse(tmp_path / "backing", {})
+
+
+@pytest.fixture
+def disk(export: Path, backing: Fuse, mount: Mount, tmp_path: Path) -> Path:
+    """The export, on an ext4 of which nothing is in memory; below it a tmpfs ``t`` with ``g``."""
+    content = tmp_path / "content"
+    (content / "d" / "e").mkdir(parents=True)
+    (content / "t").mkdir()
+    (content / "f").write_bytes(b"on disk" + bytes(1 << 20))
+    (content / "d" / "e" / "cold").touch()
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-d", content, image], check=True)
+    shutil.copy(image, backing.target / "image")
+    mount(export, "-o", "loop,ro,noload", str(backing.target / "image"))
+    (mount(export / "t", "-t", "tmpfs", "none") / "g").write_text("on tmpfs")
+    return export
+
+
+READS: dict[str, Any] = {
+    "read": Tread(1, 0, 100),
+    "walk": Twalk(3, 4, (b"e", b"cold")),
+    "readdir": Treaddir(5, 0, 4096),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_disk_that_does_not_read(
+    disk: Path, backing: Fuse, start_daemon: StartDaemon, what: str
+) -> None:
+    """As one that dm-suspend has stopped: it is local, and nobody can tell beforehand."""
+    daemon = start_daemon("--readonly")
+    with Client(daemon.socket) as client:
+        client.attach()
+        client.open(ROOT, 1, b"f")
+        client.open(ROOT, 2, b"t", b"g")
+        client.walk(ROOT, 3, b"d")
+        client.open(ROOT, 5, b"d")
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        backing.hold("read", "/image")
+        head = send(client, READS[what])
+        backing.wait_held("read", "/image")
+        with promptly():
+            for _ in range(20):
+                assert client.read(2, 0, 100) == b"on tmpfs"
+                client.getattr(2)
+        backing.release()
+        assert not isinstance(decode(client.finish(head))[1], Rlerror)
+
+
+def test_file_of_the_kernel_that_waits_for_news(
+    export: Path, mount: Mount, start_daemon: StartDaemon
+) -> None:
+    """/proc/kmsg: when there will be some, nobody knows. (dmesg and journald do not miss it.)"""
+    mount(export / "proc", "-t", "proc", "proc")
+    (export / "g").write_text("another")
+    daemon = start_daemon("--allow-kernel-filesystems")
+    with Client(daemon.socket) as client:
+        client.attach()
+        client.open(ROOT, 1, b"proc", b"kmsg")
+        client.open(ROOT, 2, b"g")
+        with suppress(TimeoutError):
+            while True:  # what there is already
+                head = send(client, Tread(1, 0, 4000))
+                assert isinstance(decode(client.finish(head, timeout=0.5))[1], Rread)
+        with promptly():
+            for _ in range(20):
+                assert client.read(2, 0, 100) == b"another"
+            client.create(ROOT, 3, b"h")
+            assert daemon.stop() == 0
