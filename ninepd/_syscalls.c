@@ -72,7 +72,6 @@ int nd_fstatfs(int fd, nd_statfs *out);
 int nd_file_handle(int fd, uint8_t *out);
 int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags);
 int64_t nd_getxattr(int fd, const char *name, uint8_t *out, uint32_t size);
-int nd_keep_capabilities(void);
 /* cdef-end */
 
 #define SCOPED (RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS)
@@ -424,14 +423,4 @@ int64_t nd_getxattr(int fd, const char *name, uint8_t *out, uint32_t size) {
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     ssize_t got = getxattr(path, name, out, size);
     return got < 0 ? -errno : got;
-}
-
-/* This thread keeps its capabilities while its fsuid is a guest user's (capabilities(7),
- * SECBIT_NO_SETUID_FIXUP): the guest kernel has checked permissions already, and a second check
- * here would not know that user's supplementary groups. */
-int nd_keep_capabilities(void) {
-    int bits = prctl(PR_GET_SECUREBITS);
-    if (bits < 0 || prctl(PR_SET_SECUREBITS, bits | SECBIT_NO_SETUID_FIXUP) < 0)
-        return -errno;
-    return 0;
 }

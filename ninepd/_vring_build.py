@@ -25,6 +25,7 @@ SOURCES = (
     "_syscalls.c",
     "_listing.c",
     "_process.c",
+    "_privileges.c",
 )
 """In this order: each uses what stands before it."""
 

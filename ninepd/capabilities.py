@@ -1,30 +1,62 @@
-"""Which capabilities this process has (capabilities(7))."""
+"""Capabilities (capabilities(7)): those that this process has, and those that serving needs."""
 
+import os
+import resource
 from functools import cache
-from typing import Final
+from typing import Final, Protocol, cast
+
+import ninepd._libvring as _libvring
 
 CAP_DAC_READ_SEARCH: Final = 2
-_NEEDED: Final = {
-    "CHOWN": 0,
-    "DAC_OVERRIDE": 1,
-    "FOWNER": 3,
-    "SETGID": 6,
-    "SETUID": 7,
-    "SETPCAP": 8,
-}
+_SETGID: Final = 6
+_CREATING: Final = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "SETGID": _SETGID, "SETUID": 7}
+"""To create and change files as any user."""
+_SETPCAP: Final = 8
+_ALSO: Final = {"FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
+"""Set-ID bits, device nodes and file capabilities are guests' to make where files are."""
+_SYS_ADMIN: Final = 21
+"""For extended attributes ``trusted.*``, and ``security.*`` other than file capabilities."""
+
+
+class _Lib(Protocol):
+    def nd_keep_only(self, capabilities: int) -> int: ...
+
+
+_lib: Final = cast("_Lib", _libvring.lib)
 
 
 def privileged() -> bool:
-    """May this process create files as any user (capabilities(7))?"""
-    return has_capabilities(*_NEEDED.values())
+    """May this process create files as any user?"""
+    return has_capabilities(*_CREATING.values(), _SETPCAP)
 
 
 @cache
 def has_capabilities(*bits: int) -> bool:
-    """Does this process have all of them in effect?"""
+    """Did this process have all of them in effect when it was asked first?"""
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("CapEff:"):
                 effective = int(line.split()[1], 16)
                 return all(effective >> bit & 1 for bit in bits)
     return False
+
+
+def give_up(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> None:
+    """Keep what serving an export needs; the rest is gone for good. Before there are threads.
+
+    ``as_others``: files are created as the guest's users. ``by_handle``: they are found again by
+    file handle. Nothing that is executed gets more, and no dump of memory is left on disk.
+    """
+    keep: list[int] = []
+    if as_others and privileged():
+        keep += [*_CREATING.values(), *_ALSO.values()]
+        if trusted_xattrs:
+            keep.append(_SYS_ADMIN)
+    if by_handle:
+        keep.append(CAP_DAC_READ_SEARCH)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if has_capabilities(_SETGID):
+        os.setgroups([])
+    error = _lib.nd_keep_only(sum(1 << bit for bit in keep))
+    if error:
+        raise OSError(-error, f"privileges cannot be given up: {os.strerror(-error)}")

@@ -119,6 +119,12 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "the host, and this daemon.",
         ),
         click.option(
+            "--trusted-xattrs",
+            is_flag=True,
+            help="Let guests set extended attributes trusted.* and all of security.*, too; the "
+            "daemon keeps CAP_SYS_ADMIN for that.",
+        ),
+        click.option(
             "--msize-max",
             type=int,
             metavar="BYTES",

@@ -51,6 +51,7 @@ class Export:
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
     allow_kernel_filesystems: bool = False
+    trusted_xattrs: bool = False
     msize_max: int = DEFAULT_MSIZE_MAX
     poll_us: int = DEFAULT_POLL_US
 

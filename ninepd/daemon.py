@@ -17,7 +17,7 @@ from typing import Final
 import uvloop
 
 from ninepd import foreign, systemd
-from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities, privileged
+from ninepd.capabilities import CAP_DAC_READ_SEARCH, give_up, has_capabilities
 from ninepd.config import Export, Multidevs, Reclaim
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
@@ -27,7 +27,6 @@ from ninepd.export.tree import Tree
 from ninepd.listener import Listener
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
-from ninepd.syscalls import keep_capabilities
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +95,14 @@ class Offer:
                 "use names"
             )
         return tree
+
+    def give_up_privileges(self) -> None:
+        """This process will serve the export, and do nothing else any more."""
+        give_up(
+            as_others=not self.export.security_model.startswith("mapped"),
+            by_handle=self.export.reclaim != Reclaim.NAMES,
+            trusted_xattrs=self.export.trusted_xattrs,
+        )
 
     def close(self) -> None:
         """Another process serves it: let its descriptors go."""
@@ -222,11 +229,10 @@ async def _serve(offer: Offer, once: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    if privileged():
-        keep_capabilities()  # in all threads: they inherit it from this one
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
     server = ExportServer(offer, loop, stop.set, once)
+    offer.give_up_privileges()
     try:
         server.start()
         systemd.notify("READY=1", f"STATUS=Serving {offer}")

@@ -85,7 +85,6 @@ class _Lib(Protocol):
     def nd_file_handle(self, fd: int, out: Any) -> int: ...
     def nd_open_by_handle(self, mount_fd: int, handle: bytes, size: int, flags: int) -> int: ...
     def nd_getxattr(self, fd: int, name: bytes, out: Any, size: int) -> int: ...
-    def nd_keep_capabilities(self) -> int: ...
     def nd_keep_set_ids(self, keep: bool) -> int: ...
 
 
@@ -308,11 +307,6 @@ def getxattr(fd: int, name: bytes) -> bytes | None:
         if got != -errno.ERANGE:
             break
     return cast("bytes", _buffer(out)[0 : checked(got)])
-
-
-def keep_capabilities() -> None:
-    """Let the calling thread, and those it starts, keep capabilities while creating as others."""
-    checked(_lib.nd_keep_capabilities())
 
 
 def keep_set_ids(keep: bool) -> None:

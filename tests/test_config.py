@@ -38,6 +38,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
         "allow-kernel-filesystems": "true",
+        "trusted-xattrs": "true",
         "msize-max": "8192",
         "poll-us": "0",
     }
@@ -53,6 +54,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     )
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
+    assert loaded.trusted_xattrs
 
 
 @pytest.mark.parametrize(

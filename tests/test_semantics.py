@@ -36,6 +36,7 @@ from ninepd.p9.messages import (
     decode,
     encode,
 )
+from tests.conftest import StartDaemon
 from tests.support.client import ROOT, Client, Daemon, P9Error
 
 RDWR, APPEND, TRUNC, EXCL = 2, 0x400, 0x200, 0x80
@@ -524,22 +525,26 @@ def test_many_names(client: Client, export: Path, mount_ext4: Callable[..., Path
         assert client.get_xattr(1, name) == b"%d" % number
 
 
-def test_the_longest_list(client: Client, export: Path, mount: Callable[..., Path]) -> None:
+def test_the_longest_list(
+    start_daemon: StartDaemon, export: Path, mount: Callable[..., Path]
+) -> None:
     """64 KiB of names are listed; of more the kernel says E2BIG, here as on the host."""
     path = mount(export / "m", "-t", "tmpfs", "none") / "f"
     path.write_text("")
     for number in range(255):
         os.setxattr(path, f"trusted.{number:0247}", b"")
-    client.walk(ROOT, 1, b"m", b"f")
-    expected = b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))
-    assert len(expected) == 255 * 256
-    assert client.get_xattr(1, b"") == expected
-    for number in range(255, 260):
-        os.setxattr(path, f"trusted.{number:0247}", b"")
-    with pytest.raises(OSError, match="too long"):
-        os.listxattr(path)
-    with pytest.raises(P9Error, match="too long"):
-        client.get_xattr(1, b"")
+    with Client(start_daemon("--trusted-xattrs").socket) as client:
+        client.attach()
+        client.walk(ROOT, 1, b"m", b"f")
+        expected = b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))
+        assert len(expected) == 255 * 256
+        assert client.get_xattr(1, b"") == expected
+        for number in range(255, 260):
+            os.setxattr(path, f"trusted.{number:0247}", b"")
+        with pytest.raises(OSError, match="too long"):
+            os.listxattr(path)
+        with pytest.raises(P9Error, match="too long"):
+            client.get_xattr(1, b"")
 
 
 def test_getattr_of_a_file_that_is_replaced_again_and_again(client: Client, export: Path) -> None:

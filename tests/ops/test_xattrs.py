@@ -1,6 +1,7 @@
 """Txattrwalk and Txattrcreate: extended attributes, as a Linux guest's system calls use them."""
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.conftest import Mount, StartDaemon
 from tests.support.client import ROOT, Client, P9Error
 
 ACCESS = b"system.posix_acl_access"
+CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+"""CAP_NET_BIND_SERVICE as linux/capability.h has it, revision 2."""
 DEFAULT = b"system.posix_acl_default"
 ACL = b"".join(
     [
@@ -220,13 +223,28 @@ def test_bad_names(client: Client, file: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_namespaces_of_passthrough(client: Client, file: Path) -> None:
+def test_namespaces_of_passthrough(start_daemon: StartDaemon, file: Path) -> None:
     """Everything that the host's file system keeps, as overlayfs and setcap(8) need it."""
-    for name in (b"user.x", b"trusted.x", b"security.x"):
-        client.set_xattr(1, name, b"v")
-        assert os.getxattr(os.fsencode(file), name) == b"v"
-        assert client.get_xattr(1, name) == b"v"
-    assert {b"user.x", b"trusted.x", b"security.x"} <= set(client.get_xattr(1, b"").split(b"\0"))
+    with Client(start_daemon("--trusted-xattrs").socket) as client:
+        client.attach()
+        client.walk(ROOT, 1, os.fsencode(file.name))
+        for name in (b"user.x", b"trusted.x", b"security.x", b"security.capability"):
+            value = CAPABILITY if name == b"security.capability" else b"v"
+            client.set_xattr(1, name, value)
+            assert os.getxattr(os.fsencode(file), name) == value
+            assert client.get_xattr(1, name) == value
+        found = set(client.get_xattr(1, b"").split(b"\0"))
+        assert {b"user.x", b"trusted.x", b"security.x", b"security.capability"} <= found
+
+
+@pytest.mark.usefixtures("as_root")
+def test_namespaces_that_need_no_rights_over_the_host(client: Client, file: Path) -> None:
+    for name, value in ((b"user.x", b"v"), (b"security.capability", CAPABILITY)):
+        client.set_xattr(1, name, value)
+        assert os.getxattr(os.fsencode(file), name) == value
+    for name in (b"trusted.x", b"security.x"):
+        with pytest.raises(P9Error, match="not permitted"):
+            client.set_xattr(1, name, b"v")
 
 
 @pytest.mark.usefixtures("as_root")
@@ -272,7 +290,19 @@ def test_symlinks_have_their_own(client: Client, export: Path, tmp_path: Path) -
     client.walk(ROOT, 1, b"link")
     with pytest.raises(P9Error, match="not permitted"):
         client.set_xattr(1, b"user.a", b"v")
-    if not os.geteuid():
+    assert os.listxattr(target) == []
+
+
+@pytest.mark.usefixtures("as_root")
+def test_trusted_attributes_of_a_symlink(
+    start_daemon: StartDaemon, export: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    target.write_text("")
+    (export / "link").symlink_to(target)
+    with Client(start_daemon("--trusted-xattrs").socket) as client:
+        client.attach()
+        client.walk(ROOT, 1, b"link")
         client.set_xattr(1, b"trusted.a", b"v")
         assert os.getxattr(export / "link", "trusted.a", follow_symlinks=False) == b"v"
     assert os.listxattr(target) == []

@@ -1,0 +1,94 @@
+"""What the process of an export can still do while it serves."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ninepd.p9.messages import Tmkdir
+from tests.conftest import StartDaemon
+from tests.support.client import ROOT, Client, Daemon, children
+
+CREATING = {0, 1, 3, 4, 6, 7, 27, 31}
+"""CHOWN DAC_OVERRIDE FOWNER FSETID SETGID SETUID MKNOD SETFCAP (capabilities(7))."""
+DAC_READ_SEARCH, SYS_ADMIN = 2, 21
+
+
+def status(task: Path) -> dict[str, str]:
+    lines = (task / "status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def check(pid: int, expected: set[int]) -> None:
+    """Every thread has these capabilities at most, can get no others, and nothing else."""
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    assert len(tasks) > 1  # one serves a ring
+    for task in tasks:
+        found = status(task)
+        sets = {
+            name: {bit for bit in range(64) if int(found[name], 16) >> bit & 1}
+            for name in ("CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb")
+        }
+        assert sets["CapPrm"] == expected
+        assert expected - sets["CapEff"] <= {4}  # FSETID comes and goes with the guest's user
+        assert sets["CapEff"] <= expected
+        assert sets["CapInh"] == sets["CapAmb"] == set()
+        assert found["NoNewPrivs"] == "1"
+        if not os.geteuid():
+            assert sets["CapBnd"] <= expected
+            assert found["Groups"].strip() == ""
+    assert (
+        "Max core file size        0                    0"
+        in Path(f"/proc/{pid}/limits").read_text()
+    )
+
+
+OPTIONS: dict[str, tuple[tuple[str, ...], set[int]]] = {
+    "default": ((), CREATING | {DAC_READ_SEARCH}),
+    "names": (("--reclaim", "names"), CREATING),
+    "none": (("--security-model", "none", "--reclaim", "names"), CREATING),
+    "xattrs": (("--trusted-xattrs", "--reclaim", "names"), CREATING | {SYS_ADMIN}),
+}
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("how", OPTIONS)
+def test_of_root(start_daemon: StartDaemon, how: str) -> None:
+    options, expected = OPTIONS[how]
+    daemon = start_daemon(*options)
+    with Client(daemon.socket) as client:
+        client.attach()
+        client.rpc(Tmkdir(ROOT, b"d", 0o755, 0))
+        check(daemon.pid, expected)
+
+
+def test_of_an_ordinary_user(
+    start_daemon: StartDaemon, export: Path, other_user: tuple[str, ...]
+) -> None:
+    export.chmod(0o777)
+    daemon = start_daemon(launcher=other_user)
+    with Client(daemon.socket) as client:
+        client.attach()
+        tasks = Path(f"/proc/{daemon.pid}/task").iterdir()
+        for task in tasks:
+            found = status(task)
+            assert int(found["CapPrm"], 16) == int(found["CapEff"], 16) == 0
+            assert found["NoNewPrivs"] == "1"
+
+
+@pytest.mark.usefixtures("as_root")
+def test_of_root_with_two_exports(start_daemon: StartDaemon, export: Path, tmp_path: Path) -> None:
+    """Each process for itself, and one that was started again as well."""
+    config = tmp_path / "config.toml"
+    config.write_text(
+        "".join(
+            f'[[export]]\nexport = "{export}"\ntag = "{tag}"\nsocket-path = "{tmp_path / tag}"\n'
+            for tag in ("one", "two")
+        )
+    )
+    daemon: Daemon = start_daemon(config=str(config))
+    with Client(str(tmp_path / "one")) as one, Client(str(tmp_path / "two")) as two:
+        for client in (one, two):
+            client.attach()
+        for pid in children(daemon.pid):
+            check(pid, CREATING | {DAC_READ_SEARCH})
