@@ -358,10 +358,13 @@ def test_disk_that_does_not_read(
 def test_file_of_the_kernel_that_waits_for_news(
     export: Path, mount: Mount, start_daemon: StartDaemon
 ) -> None:
-    """/proc/kmsg: when there will be some, nobody knows. (dmesg and journald do not miss it.)"""
+    """/proc/kmsg: when there will be some, nobody knows. (dmesg and journald do not miss it.)
+
+    To open it takes CAP_SYSLOG, or the CAP_SYS_ADMIN that the daemon keeps for other files.
+    """
     mount(export / "proc", "-t", "proc", "proc")
     (export / "g").write_text("another")
-    daemon = start_daemon("--allow-kernel-filesystems")
+    daemon = start_daemon("--allow-kernel-filesystems", "--trusted-xattrs")
     with Client(daemon.socket) as client:
         client.attach()
         client.open(ROOT, 1, b"proc", b"kmsg")
