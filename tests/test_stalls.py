@@ -11,7 +11,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ninepd.p9.messages import (
     Rflush,
     Rlerror,
     Rmkdir,
-    Rread,
     Rsetattr,
     Rwrite,
     Tflush,
@@ -353,28 +351,3 @@ def test_disk_that_does_not_read(
                 client.getattr(2)
         backing.release()
         assert not isinstance(decode(client.finish(head))[1], Rlerror)
-
-
-def test_file_of_the_kernel_that_waits_for_news(
-    export: Path, mount: Mount, start_daemon: StartDaemon
-) -> None:
-    """/proc/kmsg: when there will be some, nobody knows. (dmesg and journald do not miss it.)
-
-    To open it takes CAP_SYSLOG, or the CAP_SYS_ADMIN that the daemon keeps for other files.
-    """
-    mount(export / "proc", "-t", "proc", "proc")
-    (export / "g").write_text("another")
-    daemon = start_daemon("--allow-kernel-filesystems", "--trusted-xattrs")
-    with Client(daemon.socket) as client:
-        client.attach()
-        client.open(ROOT, 1, b"proc", b"kmsg")
-        client.open(ROOT, 2, b"g")
-        with suppress(TimeoutError):
-            while True:  # what there is already
-                head = send(client, Tread(1, 0, 4000))
-                assert isinstance(decode(client.finish(head, timeout=0.5))[1], Rread)
-        with promptly():
-            for _ in range(20):
-                assert client.read(2, 0, 100) == b"another"
-            client.create(ROOT, 3, b"h")
-            assert daemon.stop() == 0
