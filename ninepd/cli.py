@@ -84,6 +84,16 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--fd", type=int, metavar="N", help="Use this open socket, listening or connected."
         ),
+        click.option(
+            "--socket-group",
+            metavar="GROUP",
+            help="Give the listening socket to this group, a name or a number.",
+        ),
+        click.option(
+            "--socket-mode",
+            metavar="OCTAL",
+            help=f"Mode of the listening socket, {config.DEFAULT_SOCKET_MODE} by default.",
+        ),
         click.option("--export", metavar="DIR", help="The directory to serve."),
         click.option("--tag", help="The name that the guest mounts it by."),
         click.option(

@@ -1,5 +1,6 @@
 """What the user chose, checked once. Whatever cannot work is a UsageError that names the option."""
 
+import grp
 import os
 import re
 import socket
@@ -17,8 +18,12 @@ TAG_MAX: Final = 254
 """QEMU's config space has at most 256 bytes, two of them for the tag's length."""
 SUN_PATH_MAX: Final = 107
 """unix(7): sun_path without its final NUL."""
+DEFAULT_SOCKET_MODE: Final = "0600"
 DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
+_NO_ID: Final = (1 << 32) - 1
+"""The number that chown(2) and others take for none: no user or group has it."""
+_MODE: Final = re.compile(r"0*[0-7]{1,3}", re.ASCII)
 
 
 class Multidevs(StrEnum):
@@ -46,6 +51,8 @@ class Export:
     tag: str
     socket_path: str | None = None
     fd: int | None = None
+    socket_group: str | None = None
+    socket_mode: str | None = None
     security_model: str = "passthrough"
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
@@ -71,6 +78,19 @@ class Export:
         tag = os.fsencode(self.tag)
         return len(tag).to_bytes(2, "little") + tag
 
+    @property
+    def socket_gid(self) -> int | None:
+        """The group of the listening socket; None leaves it to the kernel. Or UsageError."""
+        return None if self.socket_group is None else _gid_of(self.socket_group)
+
+    @property
+    def socket_permissions(self) -> int:
+        """The mode of the listening socket; or UsageError."""
+        mode = DEFAULT_SOCKET_MODE if self.socket_mode is None else self.socket_mode
+        if not _MODE.fullmatch(mode):
+            raise UsageError(f"--socket-mode: {mode!r} is no octal number from 0 to 0777")
+        return int(mode, 8)
+
     def _check_directory(self) -> None:
         try:
             mode = os.stat(self.export).st_mode
@@ -91,8 +111,15 @@ class Export:
             raise UsageError("give one of --socket-path and --fd")
         if self.socket_path is not None:
             check_socket_path(self.socket_path)
+            _ = self.socket_gid, self.socket_permissions  # UsageError
         elif self.fd is not None:
             _check_descriptor(self.fd)
+            for name in ("socket_group", "socket_mode"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"--{_option(name)}: a socket given by --fd stays as it is; set it where "
+                        "that is made"
+                    )
 
 
 def check_tag(tag: str) -> None:
@@ -115,6 +142,16 @@ def check_socket_path(path: str) -> None:
         raise UsageError(
             f"--socket-path: {size} bytes are too long for a socket, {SUN_PATH_MAX} are allowed"
         )
+
+
+def _gid_of(group: str) -> int:
+    """A name goes before a number, as in chown(1)."""
+    try:
+        return grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError):
+        if group.isascii() and group.isdigit() and int(group) < _NO_ID:
+            return int(group)
+    raise UsageError(f"--socket-group: this host has no group {group!r}")
 
 
 def _check_descriptor(fd: int) -> None:

@@ -140,6 +140,8 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--socket-path", "/" + "x" * 107, "too long"),
         ("--socket-path", "/nowhere/at/all/s", "No such file"),
         ("--socket-path", "", "--socket-path"),
+        ("--socket-group", "no such", "no group"),
+        ("--socket-mode", "1777", "no octal number"),
         ("--fd", "3", "--fd"),
         ("--fd", "x", "--fd"),
         ("--config", "/nowhere/config.toml", "--config"),
