@@ -94,6 +94,13 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="OCTAL",
             help=f"Mode of the listening socket, {config.DEFAULT_SOCKET_MODE} by default.",
         ),
+        click.option(
+            "--allow-uid",
+            type=int,
+            multiple=True,
+            metavar="UID",
+            help="Serve front ends of this user only; may be repeated.",
+        ),
         click.option("--export", metavar="DIR", help="The directory to serve."),
         click.option("--tag", help="The name that the guest mounts it by."),
         click.option(

@@ -53,6 +53,8 @@ class Export:
     fd: int | None = None
     socket_group: str | None = None
     socket_mode: str | None = None
+    allow_uid: tuple[int, ...] = ()
+    """Users whose front ends are served; none: all are."""
     security_model: str = "passthrough"
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
@@ -65,6 +67,9 @@ class Export:
         self._check_directory()
         check_tag(self.tag)
         self._check_socket()
+        for uid in self.allow_uid:
+            if not 0 <= uid < _NO_ID:
+                raise UsageError(f"--allow-uid: {uid} is not between 0 and {_NO_ID - 1}")
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
         if self.msize_max < MIN_MSIZE:
@@ -207,7 +212,12 @@ def _option(field: str) -> str:
     return field.replace("_", "-")
 
 
-_TYPES: Final = {str: "a string", int: "a whole number", bool: "true or false"}
+_TYPES: Final = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    tuple: "a list of whole numbers, and not empty",
+}
 
 
 def _export_from(table: Mapping[str, Any]) -> Export:
@@ -223,6 +233,8 @@ def _export_from(table: Mapping[str, Any]) -> Export:
         expected = str if default is MISSING or default is None else type(default)
         if name == "fd":
             expected = int
+        if expected is tuple and _is_list_of_numbers(value):
+            value = tuple(value)
         if type(value) is not expected:
             raise UsageError(f"--{key}: {key} must be {_TYPES[expected]}")
         values[name] = value
@@ -230,6 +242,11 @@ def _export_from(table: Mapping[str, Any]) -> Export:
         if field.default is MISSING and field.name not in values:
             raise UsageError(f"there is no {_option(field.name)}")
     return Export(**values)
+
+
+def _is_list_of_numbers(value: object) -> bool:
+    # An empty one would say that nobody is meant, and mean everybody.
+    return isinstance(value, list) and value != [] and {type(item) for item in value} == {int}
 
 
 def load(path: str) -> tuple[Export, ...]:

@@ -35,6 +35,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     more = {
         "socket-group": '"0"',
         "socket-mode": '"0660"',
+        "allow-uid": "[0, 4321]",
         "security-model": '"none"',
         "readonly": "true",
         "multidevs": '"forbid"',
@@ -54,6 +55,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         0,
     )
     assert (loaded.socket_gid, loaded.socket_permissions) == (0, 0o660)
+    assert loaded.allow_uid == (0, 4321)
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
 
@@ -72,6 +74,12 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ("poll-us = -1", "--poll-us"),
         ("poll-us = 10001", "--poll-us"),
         ("security-model = 5", "security-model must be a string"),
+        ("allow-uid = 5", "allow-uid must be a list of whole numbers"),
+        ("allow-uid = []", "allow-uid must be a list of whole numbers, and not empty"),
+        ("allow-uid = [0, true]", "allow-uid must be a list of whole numbers"),
+        ('allow-uid = ["root"]', "allow-uid must be a list of whole numbers"),
+        ("allow-uid = [-1]", "line 5 (export 1): --allow-uid: -1 is not between 0 and 4294967294"),
+        ("allow-uid = [0, 4294967295]", "--allow-uid: 4294967295"),
         ("socket-mode = 660", "socket-mode must be a string"),
         ("socket-mode = 0o660", "socket-mode must be a string"),
         ('socket-mode = "0888"', "line 5 (export 1): --socket-mode: '0888' is no octal number"),
