@@ -136,6 +136,12 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "the host, and this daemon.",
         ),
         click.option(
+            "--allow-unsafe-export",
+            is_flag=True,
+            help="As root, serve a DIR that other users can reach: by a setuid program or a device "
+            "node that a guest makes there they become root.",
+        ),
+        click.option(
             "--msize-max",
             type=int,
             metavar="BYTES",

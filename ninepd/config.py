@@ -60,6 +60,7 @@ class Export:
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
     allow_kernel_filesystems: bool = False
+    allow_unsafe_export: bool = False
     msize_max: int = DEFAULT_MSIZE_MAX
     poll_us: int = DEFAULT_POLL_US
 

@@ -24,6 +24,7 @@ from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
 from ninepd.export.local import make_host
 from ninepd.export.tree import Tree
+from ninepd.exposure import refuse_unsafe
 from ninepd.listener import Listener
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
@@ -56,6 +57,7 @@ class Offer:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None
         try:
             self.open_tree().close()
+            refuse_unsafe(export, self._directory)
             self.listener = Listener(export)
         except BaseException:
             os.close(self._directory)

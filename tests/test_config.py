@@ -41,6 +41,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
         "allow-kernel-filesystems": "true",
+        "allow-unsafe-export": "true",
         "msize-max": "8192",
         "poll-us": "0",
     }
@@ -58,6 +59,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     assert loaded.allow_uid == (0, 4321)
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
+    assert loaded.allow_unsafe_export
 
 
 @pytest.mark.parametrize(
