@@ -84,6 +84,23 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--fd", type=int, metavar="N", help="Use this open socket, listening or connected."
         ),
+        click.option(
+            "--socket-group",
+            metavar="GROUP",
+            help="Give the listening socket to this group, a name or a number.",
+        ),
+        click.option(
+            "--socket-mode",
+            metavar="OCTAL",
+            help=f"Mode of the listening socket, {config.DEFAULT_SOCKET_MODE} by default.",
+        ),
+        click.option(
+            "--allow-uid",
+            type=int,
+            multiple=True,
+            metavar="UID",
+            help="Serve front ends of this user only; may be repeated.",
+        ),
         click.option("--export", metavar="DIR", help="The directory to serve."),
         click.option("--tag", help="The name that the guest mounts it by."),
         click.option(
@@ -123,6 +140,12 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             is_flag=True,
             help="Let guests set extended attributes trusted.* and all of security.*, too; the "
             "daemon keeps CAP_SYS_ADMIN for that.",
+        ),
+        click.option(
+            "--allow-unsafe-export",
+            is_flag=True,
+            help="As root, serve a DIR that other users can reach: by a setuid program or a device "
+            "node that a guest makes there they become root.",
         ),
         click.option(
             "--msize-max",

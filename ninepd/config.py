@@ -1,5 +1,6 @@
 """What the user chose, checked once. Whatever cannot work is a UsageError that names the option."""
 
+import grp
 import os
 import re
 import socket
@@ -17,8 +18,12 @@ TAG_MAX: Final = 254
 """QEMU's config space has at most 256 bytes, two of them for the tag's length."""
 SUN_PATH_MAX: Final = 107
 """unix(7): sun_path without its final NUL."""
+DEFAULT_SOCKET_MODE: Final = "0600"
 DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
+_NO_ID: Final = (1 << 32) - 1
+"""The number that chown(2) and others take for none: no user or group has it."""
+_MODE: Final = re.compile(r"0*[0-7]{1,3}", re.ASCII)
 
 
 class Multidevs(StrEnum):
@@ -46,12 +51,17 @@ class Export:
     tag: str
     socket_path: str | None = None
     fd: int | None = None
+    socket_group: str | None = None
+    socket_mode: str | None = None
+    allow_uid: tuple[int, ...] = ()
+    """Users whose front ends are served; none: all are."""
     security_model: str = "passthrough"
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
     allow_kernel_filesystems: bool = False
     trusted_xattrs: bool = False
+    allow_unsafe_export: bool = False
     msize_max: int = DEFAULT_MSIZE_MAX
     poll_us: int = DEFAULT_POLL_US
 
@@ -59,6 +69,9 @@ class Export:
         self._check_directory()
         check_tag(self.tag)
         self._check_socket()
+        for uid in self.allow_uid:
+            if not 0 <= uid < _NO_ID:
+                raise UsageError(f"--allow-uid: {uid} is not between 0 and {_NO_ID - 1}")
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
         if self.msize_max < MIN_MSIZE:
@@ -71,6 +84,19 @@ class Export:
         """What the guest's driver reads: length and bytes of the tag."""
         tag = os.fsencode(self.tag)
         return len(tag).to_bytes(2, "little") + tag
+
+    @property
+    def socket_gid(self) -> int | None:
+        """The group of the listening socket; None leaves it to the kernel. Or UsageError."""
+        return None if self.socket_group is None else _gid_of(self.socket_group)
+
+    @property
+    def socket_permissions(self) -> int:
+        """The mode of the listening socket; or UsageError."""
+        mode = DEFAULT_SOCKET_MODE if self.socket_mode is None else self.socket_mode
+        if not _MODE.fullmatch(mode):
+            raise UsageError(f"--socket-mode: {mode!r} is no octal number from 0 to 0777")
+        return int(mode, 8)
 
     def _check_directory(self) -> None:
         try:
@@ -92,8 +118,15 @@ class Export:
             raise UsageError("give one of --socket-path and --fd")
         if self.socket_path is not None:
             check_socket_path(self.socket_path)
+            _ = self.socket_gid, self.socket_permissions  # UsageError
         elif self.fd is not None:
             _check_descriptor(self.fd)
+            for name in ("socket_group", "socket_mode"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"--{_option(name)}: a socket given by --fd stays as it is; set it where "
+                        "that is made"
+                    )
 
 
 def check_tag(tag: str) -> None:
@@ -116,6 +149,16 @@ def check_socket_path(path: str) -> None:
         raise UsageError(
             f"--socket-path: {size} bytes are too long for a socket, {SUN_PATH_MAX} are allowed"
         )
+
+
+def _gid_of(group: str) -> int:
+    """A name goes before a number, as in chown(1)."""
+    try:
+        return grp.getgrnam(group).gr_gid
+    except (KeyError, ValueError):
+        if group.isascii() and group.isdigit() and int(group) < _NO_ID:
+            return int(group)
+    raise UsageError(f"--socket-group: this host has no group {group!r}")
 
 
 def _check_descriptor(fd: int) -> None:
@@ -171,7 +214,12 @@ def _option(field: str) -> str:
     return field.replace("_", "-")
 
 
-_TYPES: Final = {str: "a string", int: "a whole number", bool: "true or false"}
+_TYPES: Final = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    tuple: "a list of whole numbers, and not empty",
+}
 
 
 def _export_from(table: Mapping[str, Any]) -> Export:
@@ -187,6 +235,8 @@ def _export_from(table: Mapping[str, Any]) -> Export:
         expected = str if default is MISSING or default is None else type(default)
         if name == "fd":
             expected = int
+        if expected is tuple and _is_list_of_numbers(value):
+            value = tuple(value)
         if type(value) is not expected:
             raise UsageError(f"--{key}: {key} must be {_TYPES[expected]}")
         values[name] = value
@@ -194,6 +244,11 @@ def _export_from(table: Mapping[str, Any]) -> Export:
         if field.default is MISSING and field.name not in values:
             raise UsageError(f"there is no {_option(field.name)}")
     return Export(**values)
+
+
+def _is_list_of_numbers(value: object) -> bool:
+    # An empty one would say that nobody is meant, and mean everybody.
+    return isinstance(value, list) and value != [] and {type(item) for item in value} == {int}
 
 
 def load(path: str) -> tuple[Export, ...]:

@@ -10,9 +10,9 @@ import logging
 import os
 import signal
 import socket
-import sys
+import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import uvloop
 
@@ -24,6 +24,7 @@ from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
 from ninepd.export.local import make_host
 from ninepd.export.tree import Tree
+from ninepd.exposure import refuse_unsafe
 from ninepd.listener import Listener
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
@@ -36,8 +37,8 @@ _CLOSED: Final = -1
 _ACCEPT_PAUSE: Final = 1.0
 _FAREWELL_SECONDS: Final = 1.5
 """How long the end of the process waits for requests that are out."""
-_PEER_CREDENTIALS: Final = 12
-"""Bytes of struct ucred."""
+_UCRED: Final = struct.Struct("=iII")
+"""pid, uid, gid of a peer (unix(7))."""
 
 
 class Offer:
@@ -55,6 +56,7 @@ class Offer:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None
         try:
             self.open_tree().close()
+            refuse_unsafe(export, self._directory)
             self.listener = Listener(export)
         except BaseException:
             os.close(self._directory)
@@ -155,7 +157,7 @@ class ExportServer:
         if self._offer.listener.listening:
             self._loop.add_reader(sock, self._accept)
         else:
-            self._serve(sock.dup())
+            self._meet(sock.dup())
 
     async def close(self) -> None:
         """Accept no more; answer what is in flight, part from the front end.
@@ -188,6 +190,21 @@ class ExportServer:
             )
             return
         self._may_accept = True
+        self._meet(connected)
+
+    def _meet(self, connected: socket.socket) -> None:
+        """Serve a front end, or refuse it before anything of it is read."""
+        allowed = self._offer.export.allow_uid
+        if allowed and _peer(connected).uid not in allowed:
+            log.warning(
+                "%s: a front end (%s) was refused: --allow-uid names other users",
+                self._tag,
+                _peer(connected),
+            )
+            foreign.close(connected.detach())
+            if not self._offer.listener.listening:
+                self._finished()
+            return
         if self._connection is not None:
             # It may have left already, and its farewell lie behind this event.
             self._connection.readable()
@@ -199,9 +216,6 @@ class ExportServer:
             )
             foreign.close(connected.detach())
             return
-        self._serve(connected)
-
-    def _serve(self, connected: socket.socket) -> None:
         log.info("%s: front end connected (%s)", self._tag, _peer(connected))
         export = self._offer.export
         service = Service(self._tree, export.msize_max, export.tag)
@@ -217,10 +231,20 @@ class ExportServer:
             self._finished()
 
 
-def _peer(connection: socket.socket) -> str:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS)
-    pid, uid = (int.from_bytes(credentials[at : at + 4], sys.byteorder) for at in (0, 4))
-    return f"pid {pid}, uid {uid}"
+class _Peer(NamedTuple):
+    """Who connected, or made a pair of sockets."""
+
+    pid: int
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        return f"pid {self.pid}, uid {self.uid}"
+
+
+def _peer(connection: socket.socket) -> _Peer:
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return _Peer._make(_UCRED.unpack(found))
 
 
 async def _serve(offer: Offer, once: bool) -> None:

@@ -2,8 +2,9 @@
 
 Of several daemons that want one path one gets it. Whoever looks at a path to take its place, or
 to remove what is there, holds a lock on the folder meanwhile (flock(2): nothing is left behind, and
-systemd-tmpfiles(8) respects it). A new socket gets its name when it listens already, for those who
-wait for the path to appear.
+systemd-tmpfiles(8) respects it). A new socket is made in a private folder beside its path. When it
+gets its name it has its group and mode, so that nobody else can have connected before, and listens
+already, for those who wait for the path to appear.
 """
 
 import contextlib
@@ -23,6 +24,9 @@ from ninepd.syscalls import fd_path
 _BACKLOG: Final = 4
 _LOCK_SECONDS: Final = 5.0
 _LOCK_PAUSE: Final = 0.01
+_UNNAMED: Final = "ninepd"
+"""The name of a socket that has not got its own yet, in a folder for it alone."""
+_ACL: Final = "system.posix_acl_access"
 
 
 class Listener:
@@ -34,7 +38,7 @@ class Listener:
         path, fd = export.socket_path, export.fd
         if path is not None:
             try:
-                self._place = _Place(path)
+                self._place = _Place(path, export)
                 self.socket = self._place.socket
             except OSError as error:
                 raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
@@ -61,7 +65,7 @@ class Listener:
 class _Place:
     """A socket of our own, and the name that it was given."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, export: Export) -> None:
         folder, self._name = os.path.split(path)
         self._folder = _open_folder(folder or ".")
         self._inode = -1
@@ -69,7 +73,7 @@ class _Place:
         try:
             with _locked(self._folder):
                 self._refuse_occupied(path)
-                self._listen()
+                self._listen(export)
         except BaseException:
             self.socket.close()
             self.close()
@@ -87,14 +91,10 @@ class _Place:
             if os.path.samestat(os.fstat(self._inode), there):
                 os.unlink(self._name, dir_fd=self._folder)
 
-    def _open(self, name: str) -> int:
-        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, dir_fd=self._folder)
-
     def _refuse_occupied(self, path: str) -> None:
         """UsageError unless there is nothing, or a socket that nobody listens on any more."""
         try:
-            occupant = self._open(self._name)
+            occupant = _hold(self._name, self._folder)
         except FileNotFoundError:
             return
         try:
@@ -107,23 +107,62 @@ class _Place:
         finally:
             os.close(occupant)
 
-    def _listen(self) -> None:
-        temporary = f".ninepd-{os.getpid()}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=self._folder)
-        # Whoever may connect holds the export: nobody but our own user, unless told otherwise.
-        umask = os.umask(0o177)
+    def _listen(self, export: Export) -> None:
+        with _private_folder(self._folder) as private:
+            self.socket.bind(f"{fd_path(private)}/{_UNNAMED}")
+            try:
+                self._inode = _hold(_UNNAMED, private)
+                self._let_in(export)
+                self.socket.listen(_BACKLOG)
+                os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self._folder)
+            except BaseException:
+                os.unlink(_UNNAMED, dir_fd=private)
+                raise
+
+    def _let_in(self, export: Export) -> None:
+        """Whoever may connect holds the export: nobody but our own user, unless told otherwise."""
+        inode = fd_path(self._inode)
+        with contextlib.suppress(OSError):  # with a list of the folder the mode means more people
+            os.removexattr(inode, _ACL)
+        gid = export.socket_gid
+        if gid is not None:
+            try:
+                os.chown(inode, -1, gid)
+            except OSError as error:
+                raise UsageError(
+                    f"--socket-group: this user may not give a socket to {export.socket_group} "
+                    f"({error.strerror}); choose a group of its own, or run ninepd as root"
+                ) from None
+        os.chmod(inode, export.socket_permissions)
+
+
+def _hold(name: str, folder: int) -> int:
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _private_folder(parent: int) -> Iterator[int]:
+    """For a moment: a folder in which nobody else can reach, or exchange, what is made in it."""
+    name = f".ninepd-{os.urandom(8).hex()}"
+    umask = os.umask(0)  # it may be too narrow for a folder
+    try:
+        os.mkdir(name, 0o700, dir_fd=parent)
+    finally:
+        os.umask(umask)
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        folder = os.open(name, flags, dir_fd=parent)
         try:
-            self.socket.bind(f"{fd_path(self._folder)}/{temporary}")
+            found = os.fstat(folder)
+            if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                raise PermissionError(errno.EPERM, "somebody exchanges what is made in its folder")
+            yield folder
         finally:
-            os.umask(umask)
-        try:
-            self.socket.listen(_BACKLOG)
-            self._inode = self._open(temporary)
-            os.rename(temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        except OSError:
-            os.unlink(temporary, dir_fd=self._folder)
-            raise
+            os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):  # whoever owns the parent may have moved it
+            os.rmdir(name, dir_fd=parent)
 
 
 def _open_folder(path: str) -> int:

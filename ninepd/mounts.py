@@ -52,11 +52,12 @@ class Mounts:
             for line in lines:
                 mnt_id, parent, _, _, point, _ = line.split(b" ", 5)
                 listed.append(int(mnt_id))
-                names.setdefault(int(parent), set()).add(_unescaped(point.rpartition(b"/")[2]))
+                names.setdefault(int(parent), set()).add(unescaped(point.rpartition(b"/")[2]))
         return {mnt_id: _joined(names.get(mnt_id, set())) for mnt_id in listed}
 
 
-def _unescaped(name: bytes) -> bytes:
+def unescaped(name: bytes) -> bytes:
+    """A name of the kernel's list, as it is."""
     return _OCTAL.sub(lambda found: bytes((int(found[1], 8),)), name)
 
 

@@ -120,6 +120,8 @@ def other_user(as_root: None, tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.fixture
 def memory_dir() -> Iterator[Path]:
-    """A directory on tmpfs."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
-        yield Path(path)
+    """A directory on tmpfs, in a folder that nobody else can enter."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "memory"
+        path.mkdir(mode=0o755)
+        yield path

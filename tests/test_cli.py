@@ -140,6 +140,11 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--socket-path", "/" + "x" * 107, "too long"),
         ("--socket-path", "/nowhere/at/all/s", "No such file"),
         ("--socket-path", "", "--socket-path"),
+        ("--socket-group", "no such", "no group"),
+        ("--allow-uid", "-1", "between"),
+        ("--allow-uid", "root", "--allow-uid"),
+        ("--allow-uid", "", "--allow-uid"),
+        ("--socket-mode", "1777", "no octal number"),
         ("--fd", "3", "--fd"),
         ("--fd", "x", "--fd"),
         ("--config", "/nowhere/config.toml", "--config"),
@@ -297,6 +302,7 @@ def test_environment_gives_options(tmp_path: Path, options: dict[str, str]) -> N
     assert "NINEPD_SOCKET_PATH" in env
     assert "mapped-file" in refusal("serve", env=env | {"NINEPD_SECURITY_MODEL": "mapped-file"})
     assert "--msize-max" in refusal("serve", env=env | {"NINEPD_MSIZE_MAX": "1"})
+    assert "--allow-uid: -1 is" in refusal("serve", env=env | {"NINEPD_ALLOW_UID": "0 -1"})
     assert "does not exist" in refusal("serve", "--export", "/nowhere", env=env)
 
 

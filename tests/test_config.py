@@ -33,12 +33,16 @@ def test_minimal_file(tmp_path: Path, export: Path, good: str) -> None:
 def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: str) -> None:
     """By the same name as on the command line, with dashes."""
     more = {
+        "socket-group": '"0"',
+        "socket-mode": '"0660"',
+        "allow-uid": "[0, 4321]",
         "security-model": '"none"',
         "readonly": "true",
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
         "allow-kernel-filesystems": "true",
         "trusted-xattrs": "true",
+        "allow-unsafe-export": "true",
         "msize-max": "8192",
         "poll-us": "0",
     }
@@ -52,9 +56,12 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         8192,
         0,
     )
+    assert (loaded.socket_gid, loaded.socket_permissions) == (0, 0o660)
+    assert loaded.allow_uid == (0, 4321)
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
     assert loaded.trusted_xattrs
+    assert loaded.allow_unsafe_export
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,17 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ("poll-us = -1", "--poll-us"),
         ("poll-us = 10001", "--poll-us"),
         ("security-model = 5", "security-model must be a string"),
+        ("allow-uid = 5", "allow-uid must be a list of whole numbers"),
+        ("allow-uid = []", "allow-uid must be a list of whole numbers, and not empty"),
+        ("allow-uid = [0, true]", "allow-uid must be a list of whole numbers"),
+        ('allow-uid = ["root"]', "allow-uid must be a list of whole numbers"),
+        ("allow-uid = [-1]", "line 5 (export 1): --allow-uid: -1 is not between 0 and 4294967294"),
+        ("allow-uid = [0, 4294967295]", "--allow-uid: 4294967295"),
+        ("socket-mode = 660", "socket-mode must be a string"),
+        ("socket-mode = 0o660", "socket-mode must be a string"),
+        ('socket-mode = "0888"', "line 5 (export 1): --socket-mode: '0888' is no octal number"),
+        ("socket-group = 5", "socket-group must be a string"),
+        ('socket-group = "no such"', "line 5 (export 1): --socket-group: this host has no group"),
         ("fd = 5", "one of --socket-path and --fd"),
         ('fd = "5"', "fd must be a whole number"),
         ("tag = [", "not valid TOML"),
@@ -220,3 +238,36 @@ def test_descriptor(export: Path, tmp_path: Path) -> None:
     for fd in (unused, -1, 1 << 40):
         with pytest.raises(UsageError, match="--fd"):
             Export(str(export), "t", fd=fd)
+
+
+@pytest.mark.parametrize(
+    ("group", "gid"), [(None, None), ("root", 0), ("0", 0), ("4294967294", (1 << 32) - 2)]
+)
+def test_group_of_the_socket(export: Path, group: str | None, gid: int | None) -> None:
+    assert Export(str(export), "t", "/run/x", socket_group=group).socket_gid == gid
+
+
+@pytest.mark.parametrize("group", ["", "no such", "-1", "4294967295", "\u0660", "a\0b", "\udcff"])
+def test_group_that_is_none(export: Path, group: str) -> None:
+    with pytest.raises(UsageError, match="--socket-group: "):
+        Export(str(export), "t", "/run/x", socket_group=group)
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"), [(None, 0o600), ("0", 0), ("7", 7), ("660", 0o660), ("000777", 0o777)]
+)
+def test_mode_of_the_socket(export: Path, mode: str | None, number: int) -> None:
+    assert Export(str(export), "t", "/run/x", socket_mode=mode).socket_permissions == number
+
+
+@pytest.mark.parametrize("mode", ["", "8", "0o660", "1777", "rw", "-1", " 660", "6 60", "\u0660"])
+def test_mode_that_is_none(export: Path, mode: str) -> None:
+    with pytest.raises(UsageError, match=r"--socket-mode: .* no octal number from 0 to 0777"):
+        Export(str(export), "t", "/run/x", socket_mode=mode)
+
+
+@pytest.mark.parametrize("option", ["socket_group", "socket_mode"])
+def test_descriptor_keeps_its_group_and_mode(export: Path, option: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(UsageError, match=f"--{option.replace('_', '-')}: .*--fd"):
+        Export(str(export), "t", fd=theirs.fileno(), **{option: "0"})  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ninepd.p9.messages import Rfsync, Tfsync, Tgetattr, decode, encode
-from tests.conftest import StartDaemon
+from tests.conftest import OTHER_USER, StartDaemon
 from tests.support.client import ROOT, Client, Daemon, Readiness
 
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -198,6 +198,105 @@ def test_connected_descriptor(launch: Launch, export: Path) -> None:
     client.getattr(ROOT)
     client.close()
     assert process.wait(5) == 0
+
+
+# Users of front ends
+
+_ENDING = """
+import os, socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[1])
+    print(os.getpid(), flush=True)
+    try:
+        # VHOST_USER_GET_FEATURES, version 1
+        sock.sendall(bytes([1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]))
+        print(len(sock.recv(100)))
+    except (BrokenPipeError, ConnectionResetError):
+        print(0)
+"""
+"""Connect and ask for something; print the process number and the length of the answer."""
+
+
+def ask(path: str, launcher: tuple[str, ...] = ()) -> tuple[int, int]:
+    command = [*launcher, sys.executable, "-c", _ENDING, path]
+    pid, length = subprocess.check_output(command, text=True, timeout=20).split()
+    return int(pid), int(length)
+
+
+def test_users_that_are_not_allowed(start_daemon: StartDaemon, other_user: tuple[str, ...]) -> None:
+    """One line for each; those that are allowed feel nothing of it."""
+    uid = os.geteuid()
+    options = ("--allow-uid", "1", "--allow-uid", str(uid), "--once", "--socket-mode", "0666")
+    daemon = start_daemon(*options)
+    pids = []
+    for _ in range(2):
+        pid, length = ask(daemon.socket, other_user)
+        assert length == 0
+        pids.append(pid)
+    with Client(daemon.socket) as client:
+        client.attach()
+        pid, length = ask(daemon.socket, other_user)
+        assert length == 0
+        pids.append(pid)
+        client.getattr(ROOT)
+    assert daemon.process.wait(10) == 0  # who was refused was not the one of --once
+    assert daemon.stop() == 0
+    assert daemon.log.splitlines() == [
+        f"ninepd: test: a front end (pid {pid}, uid {OTHER_USER}) was refused: "
+        "--allow-uid names other users"
+        for pid in pids
+    ]
+
+
+def test_user_that_is_allowed(start_daemon: StartDaemon, other_user: tuple[str, ...]) -> None:
+    daemon = start_daemon("--allow-uid", str(OTHER_USER), "--socket-mode", "0666")
+    assert ask(daemon.socket, other_user)[1] > 0
+    assert ask(daemon.socket)[1] == 0
+
+
+def test_without_a_choice_all_users_are_served(
+    start_daemon: StartDaemon, other_user: tuple[str, ...]
+) -> None:
+    daemon = start_daemon("--socket-mode", "0666")
+    assert ask(daemon.socket, other_user)[1] > 0
+    assert daemon.stop() == 0
+    assert daemon.log == ""
+
+
+def test_user_at_a_listening_descriptor(
+    launch: Launch, tmp_path: Path, export: Path, other_user: tuple[str, ...]
+) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        os.chmod(path, 0o666)
+        listener.listen()
+        options = ("--fd", str(listener.fileno()), "--export", str(export), "--tag", "t")
+        launch(*options, "--allow-uid", str(os.geteuid()), pass_fds=(listener.fileno(),))
+    assert ask(path, other_user)[1] == 0
+    assert ask(path)[1] > 0
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_user_of_a_connected_descriptor(launch: Launch, export: Path, allowed: bool) -> None:
+    """Whoever made the pair. There is nobody else to wait for: the daemon ends."""
+    ours, theirs = socket.socketpair()
+    uid = os.geteuid()
+    options = ("--fd", str(theirs.fileno()), "--export", str(export), "--tag", "t")
+    with ours, theirs:
+        process = launch(
+            *options, "--allow-uid", str(uid if allowed else uid + 1), pass_fds=(theirs.fileno(),)
+        )
+        theirs.close()
+        if allowed:
+            with Client(ours) as client:
+                client.attach()
+        else:
+            assert ours.recv(1) == b""
+        assert process.wait(10) == 0
+    assert process.stderr is not None
+    line = f"ninepd: t: a front end (pid {os.getpid()}, uid {uid}) was refused: --allow-uid"
+    assert process.stderr.read() == ("" if allowed else f"{line} names other users\n")
 
 
 # Signals

@@ -23,7 +23,7 @@ LAYERS: Final = (
     {"qemu"},
     {"supervisor"},
     {"daemon"},
-    {"connection", "listener", "systemd"},
+    {"connection", "exposure", "listener", "systemd"},
     {"control", "device", "frontend"},
     {"pipeline"},
     {"answers", "framing", "jobs"},
