@@ -105,17 +105,20 @@ OTHER_USER = 4321
 
 
 @pytest.fixture
-def other_user(as_root: None, tmp_path: Path) -> tuple[str, ...]:
+def other_user(as_root: None, tmp_path: Path) -> Iterator[tuple[str, ...]]:
     """A launcher that runs a command as user and group 4321, who may enter the test's folder."""
     launcher = ("setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups")
     probe = [*launcher, sys.executable, "-c", "import ninepd.cli"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("other users may not enter the folder of this checkout")
     tmp_path.chmod(0o777)
-    for parent in tmp_path.parents:
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
-    return launcher
+    parents = [path for path in tmp_path.parents if path.name.startswith("pytest-")]
+    before = [parent.stat().st_mode for parent in parents]
+    for parent in parents:
+        parent.chmod(0o755)
+    yield launcher
+    for parent, mode in zip(parents, before, strict=True):
+        parent.chmod(mode)  # else a daemon of root's would refuse what it exports in later tests
 
 
 @pytest.fixture
