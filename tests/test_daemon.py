@@ -223,11 +223,15 @@ def ask(path: str, launcher: tuple[str, ...] = ()) -> tuple[int, int]:
     return int(pid), int(length)
 
 
+OPEN_TO_ALL = ("--socket-mode", "0666", "--allow-unsafe-export")
+"""For the other user, who may enter the folders of the test."""
+
+
 def test_users_that_are_not_allowed(start_daemon: StartDaemon, other_user: tuple[str, ...]) -> None:
     """One line for each; those that are allowed feel nothing of it."""
     uid = os.geteuid()
-    options = ("--allow-uid", "1", "--allow-uid", str(uid), "--once", "--socket-mode", "0666")
-    daemon = start_daemon(*options)
+    options = ("--allow-uid", "1", "--allow-uid", str(uid), "--once")
+    daemon = start_daemon(*options, *OPEN_TO_ALL)
     pids = []
     for _ in range(2):
         pid, length = ask(daemon.socket, other_user)
@@ -249,7 +253,7 @@ def test_users_that_are_not_allowed(start_daemon: StartDaemon, other_user: tuple
 
 
 def test_user_that_is_allowed(start_daemon: StartDaemon, other_user: tuple[str, ...]) -> None:
-    daemon = start_daemon("--allow-uid", str(OTHER_USER), "--socket-mode", "0666")
+    daemon = start_daemon("--allow-uid", str(OTHER_USER), *OPEN_TO_ALL)
     assert ask(daemon.socket, other_user)[1] > 0
     assert ask(daemon.socket)[1] == 0
 
@@ -257,7 +261,7 @@ def test_user_that_is_allowed(start_daemon: StartDaemon, other_user: tuple[str, 
 def test_without_a_choice_all_users_are_served(
     start_daemon: StartDaemon, other_user: tuple[str, ...]
 ) -> None:
-    daemon = start_daemon("--socket-mode", "0666")
+    daemon = start_daemon(*OPEN_TO_ALL)
     assert ask(daemon.socket, other_user)[1] > 0
     assert daemon.stop() == 0
     assert daemon.log == ""
@@ -272,7 +276,13 @@ def test_user_at_a_listening_descriptor(
         os.chmod(path, 0o666)
         listener.listen()
         options = ("--fd", str(listener.fileno()), "--export", str(export), "--tag", "t")
-        launch(*options, "--allow-uid", str(os.geteuid()), pass_fds=(listener.fileno(),))
+        launch(
+            *options,
+            "--allow-unsafe-export",
+            "--allow-uid",
+            str(os.geteuid()),
+            pass_fds=(listener.fileno(),),
+        )
     assert ask(path, other_user)[1] == 0
     assert ask(path)[1] > 0
 

@@ -384,7 +384,7 @@ def test_stranger_never_connects(
     with stranger(other_user, _CONNECTING, str(tmp_path)) as stop:
         for _ in range(10 * ROUNDS):
             Listener(Export("/", "t", str(tmp_path / "s"), socket_mode="0600")).remove()
-        start_daemon("--socket-mode", "0600", socket=str(tmp_path / "s"))
+        start_daemon("--allow-unsafe-export", "--socket-mode", "0600", socket=str(tmp_path / "s"))
         results = stop().split()
     assert "PermissionError" in results
     assert "connected" not in results
@@ -394,7 +394,7 @@ def test_members_of_the_group_connect(
     tmp_path: Path, other_user: tuple[str, ...], start_daemon: StartDaemon
 ) -> None:
     options = ("--socket-group", str(OTHER_USER), "--socket-mode", "0660")
-    start_daemon(*options, socket=str(tmp_path / "s"))
+    start_daemon("--allow-unsafe-export", *options, socket=str(tmp_path / "s"))
     with stranger(other_user, _CONNECTING, str(tmp_path)) as stop:
         time.sleep(0.2)
         assert "connected" in stop()
