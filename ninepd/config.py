@@ -19,6 +19,10 @@ SUN_PATH_MAX: Final = 107
 """unix(7): sun_path without its final NUL."""
 DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
+AUTO: Final = "auto"
+MAPPED: Final = ("mapped-xattr", "mapped-file")
+MODELS: Final = (AUTO, "passthrough", *MAPPED, "none")
+"""Values of --security-model; those of MAPPED keep apart what the host and the guest see."""
 
 
 class Multidevs(StrEnum):
@@ -46,7 +50,9 @@ class Export:
     tag: str
     socket_path: str | None = None
     fd: int | None = None
-    security_model: str = "passthrough"
+    security_model: str = AUTO
+    fmode: str | None = None
+    dmode: str | None = None
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
@@ -58,6 +64,7 @@ class Export:
         self._check_directory()
         check_tag(self.tag)
         self._check_socket()
+        self._check_modes()
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
         if self.msize_max < MIN_MSIZE:
@@ -85,6 +92,23 @@ class Export:
                 f"--export: {self.export} cannot be read by this user; change its mode, "
                 "or run ninepd as a user who may"
             )
+
+    def _check_modes(self) -> None:
+        model = self.security_model
+        if model not in MODELS:
+            raise UsageError(
+                f"--security-model: {model!r} is unknown; use one of {', '.join(MODELS)}"
+            )
+        for option, mode in (("fmode", self.fmode), ("dmode", self.dmode)):
+            if mode is None:
+                continue
+            if not re.fullmatch(r"(0o?)?[0-7]{1,4}", mode):
+                raise UsageError(f"--{option}: {mode!r} is no mode in octal digits, such as 0640")
+            if model not in (AUTO, *MAPPED):
+                raise UsageError(
+                    f"--{option}: with {model} the guest's modes are the host's; "
+                    f"it goes with {' and '.join(MAPPED)}"
+                )
 
     def _check_socket(self) -> None:
         if (self.socket_path is None) == (self.fd is None):

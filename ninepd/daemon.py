@@ -22,7 +22,7 @@ from ninepd.config import Export, Multidevs, Reclaim
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
-from ninepd.export.local import make_host
+from ninepd.export.models import choose_model, make_host
 from ninepd.export.tree import Tree
 from ninepd.listener import Listener
 from ninepd.ops.guest import Service
@@ -47,7 +47,6 @@ class Offer:
     def __init__(self, export: Export, file_limit: int) -> None:
         """Hold its directory, and listen; or UsageError."""
         self.export = export
-        self._host = make_host(export.security_model, export.readonly)
         self._budget = budget_of(file_limit)
         try:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -55,6 +54,8 @@ class Offer:
         except OSError as error:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None
         try:
+            self.model = choose_model(export, self._directory)
+            self._host = make_host(export, self.model)
             self.open_tree().close()
             self.listener = Listener(export)
         except BaseException:
@@ -66,7 +67,7 @@ class Offer:
         readonly = ", read-only" if export.readonly else ""
         return (
             f"{export.export} as {export.tag} at {where}"
-            f" ({export.security_model}, reclaim {export.reclaim}{readonly})"
+            f" ({self.model}, reclaim {export.reclaim}{readonly})"
         )
 
     def open_tree(self) -> Tree:

@@ -33,7 +33,9 @@ def test_minimal_file(tmp_path: Path, export: Path, good: str) -> None:
 def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: str) -> None:
     """By the same name as on the command line, with dashes."""
     more = {
-        "security-model": '"none"',
+        "security-model": '"mapped-xattr"',
+        "fmode": '"0640"',
+        "dmode": '"0750"',
         "readonly": "true",
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
@@ -46,11 +48,12 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     named = {"export", "tag", "socket-path", "fd", *more}
     assert named == {field.name.replace("_", "-") for field in fields(Export)}
     assert (loaded.security_model, loaded.readonly, loaded.msize_max, loaded.poll_us) == (
-        "none",
+        "mapped-xattr",
         True,
         8192,
         0,
     )
+    assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
 
