@@ -55,7 +55,7 @@ class Offer:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None
         try:
             self.model = choose_model(export, self._directory)
-            self._host = make_host(export, self.model)
+            self._host = make_host(export, self.model, self._directory)
             self.open_tree().close()
             self.listener = Listener(export)
         except BaseException:

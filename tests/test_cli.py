@@ -129,7 +129,6 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--fmode", "rw-r--r--", "octal"),
         ("--dmode", "0o", "octal"),
         ("--dmode", "", "octal"),
-        ("--security-model", "mapped-file", "not supported yet"),
         ("--security-model", "mapped", "--security-model"),
         ("--security-model", "Passthrough", "unknown"),
         ("--security-model", "", "--security-model"),

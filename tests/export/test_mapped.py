@@ -82,7 +82,7 @@ class Share:
 Start = Callable[..., Share]
 
 
-@pytest.fixture(params=["mapped-xattr"])
+@pytest.fixture(params=["mapped-xattr", "mapped-file"])
 def model(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

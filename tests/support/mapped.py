@@ -55,6 +55,9 @@ def keep_in_files(path: Path, root: Path, **fields: int) -> None:
         meta.parent.mkdir(mode=0o700, exist_ok=True)
     lines = kept_in_files(path, root) | fields
     meta.write_text("".join([f"virtfs.{name}={lines[name]}\n" for name in SIZES if name in lines]))
+    owner = root.stat().st_uid  # the daemon's user
+    for made in {meta, meta.parent} - {root}:
+        os.chown(made, owner, owner)
 
 
 KEPT = {"mapped-xattr": kept_in_xattrs, "mapped-file": kept_in_files}
