@@ -92,8 +92,8 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=config.AUTO,
             show_default=True,
             help="passthrough: owners and modes are real (needs root). mapped-xattr: they are kept "
-            "in extended attributes, for the guest alone, as QEMU does it. mapped-file: the same in "
-            "files. none: as far as this user may. auto: the first of these that can be done here.",
+            "in extended attributes, for the guest alone, as QEMU does it. mapped-file: the same "
+            "in files. none: as far as this user may. auto: the first of these that can be done.",
         ),
         click.option(
             "--fmode",

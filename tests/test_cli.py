@@ -297,7 +297,7 @@ def test_environment_gives_options(tmp_path: Path, options: dict[str, str]) -> N
         for name, value in options.items()
     }
     assert "NINEPD_SOCKET_PATH" in env
-    assert "mapped-file" in refusal("serve", env=env | {"NINEPD_SECURITY_MODEL": "mapped-file"})
+    assert "'mapped'" in refusal("serve", env=env | {"NINEPD_SECURITY_MODEL": "mapped"})
     assert "--msize-max" in refusal("serve", env=env | {"NINEPD_MSIZE_MAX": "1"})
     assert "does not exist" in refusal("serve", "--export", "/nowhere", env=env)
 
