@@ -45,14 +45,14 @@ def without_set_ids(mode: int) -> int:
 class MappedHost(LocalHost):
     """Shows files as guests have made them. Subclasses know where that is kept."""
 
-    __slots__ = ("_dmode", "_fmode", "_thread")
+    __slots__ = ("_acting", "_dmode", "_fmode")
 
     def __init__(self, fmode: int, dmode: int) -> None:
         super().__init__()
         self.watches_writes = True
         self._fmode = fmode & 0o777
         self._dmode = dmode & 0o777
-        self._thread: Any = threading.local()
+        self._acting: Any = threading.local()
         """Whom each thread acts for."""
 
     # Where it is kept
@@ -208,12 +208,12 @@ class MappedHost(LocalHost):
     # Attributes
 
     def act_for(self, uid: int) -> None:
-        self._thread.uid = uid
+        self._acting.uid = uid
         super().act_for(uid)
 
     def _drop_set_ids(self, fd: int) -> None:
         """Of a file that this thread changes for somebody who is not root."""
-        if getattr(self._thread, "uid", _ROOT) != _ROOT:
+        if getattr(self._acting, "uid", _ROOT) != _ROOT:
             self.before_write(fd)
 
     def before_write(self, fd: int) -> None:
@@ -247,7 +247,7 @@ class MappedHost(LocalHost):
     def _drop_set_group_id(self, fd: int) -> None:
         """Of a program whose ACL was set by somebody who is not of its group."""
         mode = self.stat_at(fd, b"").mode
-        foreign = getattr(self._thread, "uid", _ROOT) != _ROOT
+        foreign = getattr(self._acting, "uid", _ROOT) != _ROOT
         if foreign and mode & st.S_ISGID and st.S_ISREG(mode):
             self._keep(fd, Owner(mode=mode & ~st.S_ISGID))
 

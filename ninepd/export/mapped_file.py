@@ -114,13 +114,17 @@ class MappedFileHost(MappedHost):
             if len(self._removed) > REMEMBERED_MAX:
                 del self._removed[next(iter(self._removed))]
 
-    def _before_removal(self, directory: int, name: bytes) -> tuple[_Identity, Owner] | None:
-        """For ``_remember``, once it was removed."""
+    def _before_removal(self, directory: int, name: bytes) -> tuple[Stat, Owner] | None:
+        """For ``_after_removal``."""
         found = syscalls.walk(directory, name)
         if found is None:
             return None
         self.close(found[0])
-        return _identity(found[1]), metadata.read(directory, name)
+        return found[1], metadata.read(directory, name)
+
+    def _after_removal(self, removed: tuple[Stat, Owner] | None) -> None:
+        if removed is not None:
+            self._remember(_identity(removed[0]), removed[1])
 
     # Names that are hidden
 
@@ -233,8 +237,19 @@ class MappedFileHost(MappedHost):
         kept = metadata.exists(old, old_name)
         if kept:
             metadata.make_directory(new)
-        super().rename(old, old_name, new, new_name)
-        if moved is not None and replaced is not None and moved[0] == replaced[0]:
+        emptied = -1
+        if _are_directories(moved, replaced):
+            emptied = self._remove_metadata(new, new_name)
+        try:
+            super().rename(old, old_name, new, new_name)
+        except OSError:
+            if emptied >= 0:
+                metadata.make_directory(emptied)
+            raise
+        finally:
+            if emptied >= 0:
+                self.close(emptied)
+        if moved and replaced and _identity(moved[0]) == _identity(replaced[0]):
             return  # two names of one file both stay
         try:
             if kept:
@@ -245,16 +260,14 @@ class MappedFileHost(MappedHost):
             if replaced is None:
                 super().rename(new, new_name, old, old_name)
             raise
-        if replaced is not None:
-            self._remember(*replaced)
+        self._after_removal(replaced)
 
     def unlink(self, directory: int, name: bytes) -> None:
         self._check(name)
         removed = self._before_removal(directory, name)
         super().unlink(directory, name)
         metadata.remove(directory, name)
-        if removed is not None:
-            self._remember(*removed)
+        self._after_removal(removed)
 
     def rmdir(self, directory: int, name: bytes) -> None:
         """With its metadata, which must be empty, as the directory is then."""
@@ -271,8 +284,7 @@ class MappedFileHost(MappedHost):
             if emptied >= 0:
                 self.close(emptied)
         metadata.remove(directory, name)
-        if removed is not None:
-            self._remember(*removed)
+        self._after_removal(removed)
 
     def _remove_metadata(self, directory: int, name: bytes) -> int:
         """A descriptor of the directory, if there was any; else -1. ENOTEMPTY if it has some."""
@@ -298,3 +310,10 @@ class MappedFileHost(MappedHost):
 
 def _identity(stat: Stat) -> _Identity:
     return stat.dev, stat.ino, stat.generation
+
+
+def _are_directories(moved: tuple[Stat, Owner] | None, replaced: tuple[Stat, Owner] | None) -> bool:
+    """Two of them, so that rename(2) wants the second to be empty?"""
+    if moved is None or replaced is None or _identity(moved[0]) == _identity(replaced[0]):
+        return False
+    return st.S_ISDIR(moved[0].mode) and st.S_ISDIR(replaced[0].mode)

@@ -195,6 +195,21 @@ def test_removing_directories(client: Client, top: Path) -> None:
     assert client.getattr(1).mode == stat.S_IFDIR | 0o750
 
 
+def test_replacing_directories(client: Client, top: Path) -> None:
+    client.rpc(Tmkdir(ROOT, b"e", 0o711, 5))
+    assert client.error(Trenameat(ROOT, b"e", ROOT, b"d")) == "ENOTEMPTY"
+    assert (top / "d" / META / "f").exists()
+    client.rpc(Tunlinkat(1, b"f", 0))
+    (top / "d/by_host").write_text("")
+    assert client.error(Trenameat(ROOT, b"e", ROOT, b"d")) == "ENOTEMPTY"
+    assert os.listdir(top / "d" / META) == []
+    (top / "d/by_host").unlink()
+    client.rpc(Trenameat(ROOT, b"e", ROOT, b"d"))
+    assert kept_in_files(top / "d", top)["mode"] == stat.S_IFDIR | 0o711
+    assert os.listdir(top / META) == ["d"]
+    assert client.getattr(1).mode == stat.S_IFDIR | 0o750
+
+
 @pytest.mark.parametrize("name", [b"f", b"nothing"])
 def test_rmdir_of_what_is_no_directory(client: Client, top: Path, name: bytes) -> None:
     wanted = "ENOTDIR" if name == b"f" else "ENOENT"
