@@ -31,7 +31,8 @@ int nd_cookies_load(nd_cookies *cookies, const uint64_t *positions, uint32_t cou
 int nd_position(nd_cookies *cookies, uint64_t cookie, uint64_t *position);
 int nd_shorten(nd_cookies *cookies, uint8_t *entries, uint32_t size);
 int64_t nd_readdir(int fd, uint64_t offset, int at_root, int look_up, const char *covered,
-                   const nd_qid_table *table, nd_cookies *cookies, uint8_t *out, uint32_t size);
+                   int mapped, const nd_qid_table *table, nd_cookies *cookies, uint8_t *out,
+                   uint32_t size);
 int64_t nd_getdents(int fd, uint64_t offset, uint8_t *out, uint32_t size);
 uint32_t nd_entries_behind(const uint8_t *run, uint32_t size, uint64_t cookie, uint32_t room,
                            uint32_t *start);
@@ -224,7 +225,7 @@ static bool is_among(const char *name, const char *names) {
 }
 
 struct listing {
-    int fd, at_root, look_up;
+    int fd, at_root, look_up, mapped;
     const char *covered;
     const nd_qid_table *table;
     uint64_t dev;
@@ -242,28 +243,32 @@ static bool must_look(const struct listing *listing, const struct dirent64_head 
 static bool identify(const struct listing *listing, const struct dirent64_head *entry,
                      nd_stat *out) {
     *out = (nd_stat){.dev = listing->dev, .ino = entry->ino, .mode = DTTOIF(entry->type)};
-    if (!must_look(listing, entry))
-        return true;
-    bool itself = listing->at_root && !strcmp(entry->name, "..");
-    struct statx st;
-    int error = stat_cached(listing->fd, itself ? "" : entry->name, &st);
-    if (!error)
+    if (must_look(listing, entry)) {
+        bool itself = listing->at_root && !strcmp(entry->name, "..");
+        struct statx st;
+        int error = stat_cached(listing->fd, itself ? "" : entry->name, &st);
+        if (error)
+            return error == -EACCES;
         fill_stat(out, &st);
-    return !error || error == -EACCES;
+    }
+    if (listing->mapped && S_ISREG(out->mode))
+        out->mode = nd_mode_at(listing->fd, entry->name, out->mode);
+    return true;
 }
 
 /*
  * A run of Rreaddir entries after position `offset`, whole entries only, at most `size` bytes.
  * Returns the bytes written (0: the end), -EINVAL if not even one entry fits, -EDOM if the first
  * one has no number in the table. An entry that is looked up and has vanished is left out.
- * `at_root`: ".." is the directory itself, as it is for a walk. Moves the position of `fd`, so one
- * caller at a time.
+ * `at_root`: ".." is the directory itself, as it is for a walk. `mapped`: types of plain files are
+ * those of _owners.c. Moves the position of `fd`, so one caller at a time.
  */
 int64_t nd_readdir(int fd, uint64_t offset, int at_root, int look_up, const char *covered,
-                   const nd_qid_table *table, nd_cookies *cookies, uint8_t *out, uint32_t size) {
+                   int mapped, const nd_qid_table *table, nd_cookies *cookies, uint8_t *out,
+                   uint32_t size) {
     enum { CHUNK = 32768, LEAST = 512 };
     _Alignas(8) uint8_t chunk[CHUNK];
-    struct listing listing = {fd, at_root, look_up, covered, table, 0};
+    struct listing listing = {fd, at_root, look_up, mapped, covered, table, 0};
     struct statx itself;
     uint32_t used = 0;
     int error = stat_cached(fd, "", &itself);

@@ -264,9 +264,16 @@ static int qid_path(uint64_t dev, uint64_t ino, const nd_qid_table *table, uint6
     return ND_UNMAPPED;
 }
 
+static uint8_t qid_type(uint32_t mode) { return S_ISDIR(mode) ? 0x80 : S_ISLNK(mode) ? 0x02 : 0; }
+
 static uint8_t *put_qid(uint8_t *at, uint32_t mode, uint32_t version, uint64_t path) {
-    uint8_t type = S_ISDIR(mode) ? 0x80 : S_ISLNK(mode) ? 0x02 : 0;
-    return put64(put32(put8(at, type), version), path);
+    return put64(put32(put8(at, qid_type(mode)), version), path);
+}
+
+/* As Linux's new_encode_dev(). */
+static uint64_t wire_device(uint32_t major_number, uint32_t minor_number) {
+    return (uint64_t)(minor_number & 0xff) | (uint64_t)major_number << 8 |
+           (uint64_t)(minor_number & ~0xffU) << 12;
 }
 
 static uint8_t *put_time(uint8_t *at, struct statx_timestamp time) {
@@ -278,8 +285,7 @@ static uint8_t *put_time(uint8_t *at, struct statx_timestamp time) {
 static void put_attributes(uint8_t *at, const struct statx *st, uint64_t path,
                            uint64_t generation) {
     const uint64_t basic = 0x7ff, btime = 0x800, gen = 0x1000;
-    uint64_t rdev = ((uint64_t)(st->stx_rdev_minor & 0xff)) | ((uint64_t)st->stx_rdev_major << 8) |
-                    ((uint64_t)(st->stx_rdev_minor & ~0xffU) << 12); /* new_encode_dev() */
+    uint64_t rdev = wire_device(st->stx_rdev_major, st->stx_rdev_minor);
     at = put64(at, basic | (st->stx_mask & STATX_BTIME ? btime : 0) |
                        (generation & ND_OWN_GENERATION ? gen : 0));
     at = put_qid(at, st->stx_mode, qid_version(st), path);

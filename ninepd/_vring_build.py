@@ -23,6 +23,7 @@ SOURCES = (
     "_requests.c",
     "_waiting.c",
     "_syscalls.c",
+    "_owners.c",
     "_listing.c",
     "_process.c",
     "_privileges.c",

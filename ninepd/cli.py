@@ -106,11 +106,19 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--security-model",
             metavar="MODEL",
-            default="passthrough",
+            default=config.AUTO,
             show_default=True,
-            help="passthrough: owners and modes are real (needs root). "
-            "none: as far as this user may.",
+            help="passthrough: owners and modes are real (needs root). mapped-xattr: they are kept "
+            "in extended attributes, for the guest alone, as QEMU does it. mapped-file: the same "
+            "in files. none: as far as this user may. auto: the first of these that can be done.",
         ),
+        click.option(
+            "--fmode",
+            metavar="MODE",
+            help="With mapped models, the mode on the host of files that the guest creates, in "
+            "octal digits.  [default: 0600]",
+        ),
+        click.option("--dmode", metavar="MODE", help="The same of directories.  [default: 0700]"),
         click.option("--readonly", is_flag=True, help="Let the guest change nothing."),
         click.option(
             "--multidevs",

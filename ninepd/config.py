@@ -24,6 +24,10 @@ DEFAULT_POLL_US: Final = 100
 _NO_ID: Final = (1 << 32) - 1
 """The number that chown(2) and others take for none: no user or group has it."""
 _MODE: Final = re.compile(r"0*[0-7]{1,3}", re.ASCII)
+AUTO: Final = "auto"
+MAPPED: Final = ("mapped-xattr", "mapped-file")
+MODELS: Final = (AUTO, "passthrough", *MAPPED, "none")
+"""Values of --security-model; those of MAPPED keep apart what the host and the guest see."""
 
 
 class Multidevs(StrEnum):
@@ -55,7 +59,9 @@ class Export:
     socket_mode: str | None = None
     allow_uid: tuple[int, ...] = ()
     """Users whose front ends are served; none: all are."""
-    security_model: str = "passthrough"
+    security_model: str = AUTO
+    fmode: str | None = None
+    dmode: str | None = None
     readonly: bool = False
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
@@ -72,6 +78,7 @@ class Export:
         for uid in self.allow_uid:
             if not 0 <= uid < _NO_ID:
                 raise UsageError(f"--allow-uid: {uid} is not between 0 and {_NO_ID - 1}")
+        self._check_modes()
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
         if self.msize_max < MIN_MSIZE:
@@ -94,9 +101,7 @@ class Export:
     def socket_permissions(self) -> int:
         """The mode of the listening socket; or UsageError."""
         mode = DEFAULT_SOCKET_MODE if self.socket_mode is None else self.socket_mode
-        if not _MODE.fullmatch(mode):
-            raise UsageError(f"--socket-mode: {mode!r} is no octal number from 0 to 0777")
-        return int(mode, 8)
+        return _permissions("socket-mode", mode)
 
     def _check_directory(self) -> None:
         try:
@@ -113,6 +118,22 @@ class Export:
                 "or run ninepd as a user who may"
             )
 
+    def _check_modes(self) -> None:
+        model = self.security_model
+        if model not in MODELS:
+            raise UsageError(
+                f"--security-model: {model!r} is unknown; use one of {', '.join(MODELS)}"
+            )
+        for option, mode in (("fmode", self.fmode), ("dmode", self.dmode)):
+            if mode is None:
+                continue
+            _permissions(option, mode)
+            if model not in (AUTO, *MAPPED):
+                raise UsageError(
+                    f"--{option}: with {model} the guest's modes are the host's; "
+                    f"it goes with {' and '.join(MAPPED)}"
+                )
+
     def _check_socket(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
             raise UsageError("give one of --socket-path and --fd")
@@ -127,6 +148,12 @@ class Export:
                         f"--{_option(name)}: a socket given by --fd stays as it is; set it where "
                         "that is made"
                     )
+
+
+def _permissions(option: str, mode: str) -> int:
+    if not _MODE.fullmatch(mode):
+        raise UsageError(f"--{option}: {mode!r} is no octal number from 0 to 0777")
+    return int(mode, 8)
 
 
 def check_tag(tag: str) -> None:

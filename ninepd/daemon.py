@@ -18,11 +18,11 @@ import uvloop
 
 from ninepd import foreign, systemd
 from ninepd.capabilities import CAP_DAC_READ_SEARCH, give_up, has_capabilities
-from ninepd.config import Export, Multidevs, Reclaim
+from ninepd.config import MAPPED, Export, Multidevs, Reclaim
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
-from ninepd.export.local import make_host
+from ninepd.export.models import choose_model, make_host
 from ninepd.export.tree import Tree
 from ninepd.exposure import refuse_unsafe
 from ninepd.listener import Listener
@@ -47,7 +47,6 @@ class Offer:
     def __init__(self, export: Export, file_limit: int) -> None:
         """Hold its directory, and listen; or UsageError."""
         self.export = export
-        self._host = make_host(export.security_model, export.readonly)
         self._budget = budget_of(file_limit)
         try:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -55,8 +54,10 @@ class Offer:
         except OSError as error:
             raise UsageError(f"--export: {export.export}: {error.strerror}") from None
         try:
+            self.model = choose_model(export, self._directory)
+            self._host = make_host(export, self.model, self._directory)
             self.open_tree().close()
-            refuse_unsafe(export, self._directory)
+            refuse_unsafe(export, self.model, self._directory)
             self.listener = Listener(export)
         except BaseException:
             os.close(self._directory)
@@ -67,7 +68,7 @@ class Offer:
         readonly = ", read-only" if export.readonly else ""
         return (
             f"{export.export} as {export.tag} at {where}"
-            f" ({export.security_model}, reclaim {export.reclaim}{readonly})"
+            f" ({self.model}, reclaim {export.reclaim}{readonly})"
         )
 
     def open_tree(self) -> Tree:
@@ -101,7 +102,7 @@ class Offer:
     def give_up_privileges(self) -> None:
         """This process will serve the export, and do nothing else any more."""
         give_up(
-            as_others=not self.export.security_model.startswith("mapped"),
+            as_others=self.model not in MAPPED,
             by_handle=self.export.reclaim != Reclaim.NAMES,
             trusted_xattrs=self.export.trusted_xattrs,
         )

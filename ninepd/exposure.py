@@ -10,22 +10,20 @@ import os
 from typing import Final
 
 from ninepd.capabilities import privileged
-from ninepd.config import Export
+from ninepd.config import MAPPED, Export
 from ninepd.errors import UsageError
 from ninepd.mounts import unescaped
 from ninepd.syscalls import fd_path, open_parent, stat_at
 
-_REAL_MODELS: Final = {"passthrough", "none"}
-"""Security models by which a guest's setuid bit is the host's."""
 _HARMLESS: Final = {b"nosuid": os.ST_NOSUID, b"nodev": os.ST_NODEV}
 _OTHERS_ENTER: Final = 0o001
 
 
-def refuse_unsafe(export: Export, directory: int) -> None:
+def refuse_unsafe(export: Export, model: str, directory: int) -> None:
     """UsageError if an export, held as ``directory``, lays its host open to its users."""
     if export.readonly or export.allow_unsafe_export:
         return
-    if export.security_model not in _REAL_MODELS or not _is_root():
+    if model in MAPPED or not _is_root():
         return
     place = _harmful_mount(directory) if _is_open_to_others(directory) else None
     if place is not None:

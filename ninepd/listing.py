@@ -32,6 +32,7 @@ class _Lib(Protocol):
         at_root: bool,
         look_up: int,
         covered: bytes,
+        mapped: bool,
         table: Any,
         cookies: Any,
         out: Any,
@@ -123,10 +124,12 @@ def readdir(
     devices: QidDevices,
     cookies: Cookies,
     size: int,
+    mapped: bool = False,
 ) -> bytes:
     """A run of Rreaddir entries after position ``offset``, at most ``size`` bytes, or RUN_MAX.
 
-    ``covered``: names that something is mounted on, each ended by a NUL byte. Empty at the end.
+    ``covered``: names that something is mounted on, each ended by a NUL byte. ``mapped``: types are
+    those that ``owners`` finds. Empty at the end.
     EINVAL if not one entry fits, EDOM if the table has no number for the first. Moves the position
     of ``fd``: one caller at a time.
     """
@@ -142,6 +145,7 @@ def readdir(
                 at_root,
                 look_up,
                 covered,
+                mapped,
                 devices.table,
                 cookies.table,
                 out,

@@ -20,7 +20,7 @@ from typing import Final, NoReturn
 
 from ninepd import daemon, systemd
 from ninepd.capabilities import privileged
-from ninepd.config import Config, Export
+from ninepd.config import Config
 from ninepd.daemon import Offer
 from ninepd.process import name_process, raise_file_limit
 
@@ -206,7 +206,7 @@ def serve(config: Config) -> int:
             offers.append(Offer(export, file_limit))  # noqa: PERF401 - a failing one: finally
         for offer in offers:
             log.info("serving %s", offer)
-            _warn(offer.export)
+            _warn(offer)
         if len(offers) > 1:
             return _Supervisor(offers, config.once).run()
         daemon.serve(offers[0], config.once)
@@ -216,11 +216,11 @@ def serve(config: Config) -> int:
             offer.withdraw()
 
 
-def _warn(export: Export) -> None:
-    if export.security_model == "passthrough" and not privileged():
+def _warn(offer: Offer) -> None:
+    if offer.model == "passthrough" and not privileged():
         log.warning(
             "%s: without root, guests can neither create files as a user other than %d nor give "
-            "files away (EPERM); --security-model none lets them create as this user",
-            export.tag,
+            "files away (EPERM); --security-model mapped-xattr keeps owners apart from the host's",
+            offer.export.tag,
             os.geteuid(),
         )

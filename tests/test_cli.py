@@ -125,8 +125,10 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--export", "", "--export"),
         ("--tag", "", "empty"),
         ("--tag", "t" * 255, "too long"),
-        ("--security-model", "mapped-xattr", "not supported yet"),
-        ("--security-model", "mapped-file", "not supported yet"),
+        ("--fmode", "888", "octal"),
+        ("--fmode", "rw-r--r--", "octal"),
+        ("--dmode", "0o", "octal"),
+        ("--dmode", "", "octal"),
         ("--security-model", "mapped", "--security-model"),
         ("--security-model", "Passthrough", "unknown"),
         ("--security-model", "", "--security-model"),
@@ -300,7 +302,7 @@ def test_environment_gives_options(tmp_path: Path, options: dict[str, str]) -> N
         for name, value in options.items()
     }
     assert "NINEPD_SOCKET_PATH" in env
-    assert "mapped-file" in refusal("serve", env=env | {"NINEPD_SECURITY_MODEL": "mapped-file"})
+    assert "'mapped'" in refusal("serve", env=env | {"NINEPD_SECURITY_MODEL": "mapped"})
     assert "--msize-max" in refusal("serve", env=env | {"NINEPD_MSIZE_MAX": "1"})
     assert "--allow-uid: -1 is" in refusal("serve", env=env | {"NINEPD_ALLOW_UID": "0 -1"})
     assert "does not exist" in refusal("serve", "--export", "/nowhere", env=env)

@@ -36,7 +36,9 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "socket-group": '"0"',
         "socket-mode": '"0660"',
         "allow-uid": "[0, 4321]",
-        "security-model": '"none"',
+        "security-model": '"mapped-xattr"',
+        "fmode": '"0640"',
+        "dmode": '"0750"',
         "readonly": "true",
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
@@ -51,13 +53,14 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     named = {"export", "tag", "socket-path", "fd", *more}
     assert named == {field.name.replace("_", "-") for field in fields(Export)}
     assert (loaded.security_model, loaded.readonly, loaded.msize_max, loaded.poll_us) == (
-        "none",
+        "mapped-xattr",
         True,
         8192,
         0,
     )
     assert (loaded.socket_gid, loaded.socket_permissions) == (0, 0o660)
     assert loaded.allow_uid == (0, 4321)
+    assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
     assert loaded.trusted_xattrs

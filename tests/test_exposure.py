@@ -13,6 +13,7 @@ import pytest
 
 from ninepd.config import Export
 from ninepd.errors import UsageError
+from ninepd.export.models import choose_model
 from ninepd.exposure import refuse_unsafe
 from ninepd.p9.messages import SetattrValid, Tsetattr
 from tests.conftest import Mount, StartDaemon
@@ -38,7 +39,8 @@ def public(as_root: None, reachable: Path, mount: Mount) -> Path:
 def refuse(path: Path | str, **options: Any) -> None:
     directory = os.open(path, os.O_PATH | os.O_DIRECTORY)
     try:
-        refuse_unsafe(Export(str(path), "t", "/s", **options), directory)
+        export = Export(str(path), "t", "/s", **options)
+        refuse_unsafe(export, choose_model(export, directory), directory)
     finally:
         os.close(directory)
 
@@ -184,7 +186,7 @@ if where == "namespace":
         file.write(f"0 {uid} 1")
     assert os.geteuid() == 0
 try:
-    refuse_unsafe(Export(path, "t", "/s"), os.open(path, os.O_PATH))
+    refuse_unsafe(Export(path, "t", "/s"), "passthrough", os.open(path, os.O_PATH))
 except UsageError:
     print("refused")
 else:

@@ -107,11 +107,11 @@ def test_passthrough_without_privileges(
     start_daemon: StartDaemon, other_user: tuple[str, ...], export: Path
 ) -> None:
     export.chmod(0o777)
-    daemon = start_daemon(launcher=other_user)
+    daemon = start_daemon("--security-model", "passthrough", launcher=other_user)
     assert daemon.stop() == 0
     (line,) = daemon.log.splitlines()
     assert "as a user other than 4321" in line
-    assert "--security-model none" in line
+    assert "--security-model mapped-xattr" in line
 
 
 def test_passthrough_with_privileges(start_daemon: StartDaemon, as_root: None) -> None:

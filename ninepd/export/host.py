@@ -26,11 +26,13 @@ class Host:
     them is up to the class.
     """
 
-    __slots__ = ("readonly",)
+    __slots__ = ("readonly", "watches_writes")
 
-    def __init__(self, readonly: bool) -> None:
+    def __init__(self, readonly: bool, watches_writes: bool = False) -> None:
         self.readonly = readonly
         """Is every change refused?"""
+        self.watches_writes = watches_writes
+        """Does ``before_write`` want to be called? Not where the host's kernel does its work."""
 
     # Looking
 
@@ -173,6 +175,10 @@ class Host:
     @abstractmethod
     def act_for(self, uid: int) -> None:
         """This thread writes for a user from now on: set-ID bits go, unless he is root."""
+
+    @abstractmethod
+    def before_write(self, fd: int) -> None:
+        """An open file is about to be written for a user who is not root: set-ID bits go."""
 
     @abstractmethod
     def chmod(self, fd: int, mode: int) -> None:

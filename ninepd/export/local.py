@@ -11,14 +11,11 @@ magic link ends at the held object itself, even if it is a symbolic link (proc(5
 
 import errno
 import os
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from ninepd import listing, syscalls
 from ninepd.capabilities import privileged
-from ninepd.errors import UsageError
 from ninepd.export.host import ACLS, Host, Time
-from ninepd.export.readonly import ReadonlyHost
 from ninepd.listing import Cookies, LookUp
 from ninepd.statelock import CHECKS, assert_unlocked
 from ninepd.syscalls import NO_ID, QidDevices, Stat, Statfs, fd_path
@@ -41,7 +38,7 @@ class LocalHost(Host):
             return uid, gid
         if uid not in {NO_ID, os.geteuid()} or gid not in {NO_ID, os.getegid()}:
             raise PermissionError(
-                errno.EPERM, f"creating as {uid}:{gid} needs root, or --security-model none"
+                errno.EPERM, f"creating as {uid}:{gid} needs root, or a mapped security model"
             )
         return NO_ID, NO_ID
 
@@ -186,6 +183,9 @@ class LocalHost(Host):
     def act_for(self, uid: int) -> None:
         syscalls.keep_set_ids(uid == 0)
 
+    def before_write(self, fd: int) -> None:
+        """The kernel sees to it, who knows for whom this thread writes."""
+
     def chmod(self, fd: int, mode: int) -> None:
         os.chmod(fd_path(fd), mode)
 
@@ -245,22 +245,3 @@ class UnmappedHost(LocalHost):
 
     def _shows_xattr(self, name: bytes) -> bool:
         return name.startswith(b"user.")
-
-
-HOSTS: Final[dict[str, Callable[[], Host]]] = {"passthrough": LocalHost, "none": UnmappedHost}
-NOT_YET: Final = ("mapped-xattr", "mapped-file")
-
-
-def make_host(security_model: str, readonly: bool) -> Host:
-    """The host as a security model shows it; UsageError if there is none of that name."""
-    if security_model in NOT_YET:
-        raise UsageError(
-            f"--security-model: {security_model} is not supported yet; "
-            "use passthrough (as root) or none"
-        )
-    if security_model not in HOSTS:
-        raise UsageError(
-            f"--security-model: {security_model!r} is unknown; use passthrough or none"
-        )
-    host = HOSTS[security_model]()
-    return ReadonlyHost(host) if readonly else host

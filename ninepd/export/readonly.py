@@ -145,6 +145,9 @@ class ReadonlyHost(Host):
     def act_for(self, uid: int) -> None:
         self._host.act_for(uid)
 
+    def before_write(self, _fd: int) -> None:
+        refuse()
+
     def chmod(self, _fd: int, _mode: int) -> None:
         refuse()
 

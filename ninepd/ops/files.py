@@ -196,6 +196,8 @@ def write(_guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
 def _write_all(uid: int, file: Opened, message: Twrite, payload: Payload) -> Reply:
     fd = file.fd
     done = 0
+    if uid and file.handle.table.host.watches_writes:
+        file.handle.table.host.before_write(fd)
     while done < message.nbytes:
         try:
             got = payload.write(fd, done, message.nbytes - done, message.offset + done, uid)

@@ -227,7 +227,9 @@ def as_user(
     with ExitStack() as stack:
 
         def start(*arguments: str, uid: int = UID) -> Client:
-            daemon = start_daemon(*arguments, launcher=other_user)
+            daemon = start_daemon(
+                "--security-model", "passthrough", *arguments, launcher=other_user
+            )
             client = stack.enter_context(Client(daemon.socket))
             client.attach(uid)
             return client

@@ -10,6 +10,7 @@ import pytest
 
 from ninepd.export.host import Host
 from ninepd.export.local import LocalHost
+from ninepd.export.mapped_xattr import MappedXattrHost
 from ninepd.export.readonly import ReadonlyHost
 from ninepd.export.tree import Tree
 from ninepd.ops.fid import Fid
@@ -174,10 +175,11 @@ def test_changes_of_a_read_only_export_are_refused_at_once(
 
 
 @each_case
+@pytest.mark.parametrize("host", [LocalHost(), MappedXattrHost(0o600, 0o700)])
 def test_every_sample_is_served_otherwise(
-    made: Made, dialect: Dialect, row: Row, message: Any
+    made: Made, dialect: Dialect, row: Row, message: Any, host: Host
 ) -> None:
-    guest = made(LocalHost(), dialect)
+    guest = made(host, dialect)
     fids = resolved(row, guest, message)
     expected = "ENOTSUP" if row.message is p9.Tauth else "ok"
     assert outcome(lambda: row.serve(guest, message, payload(), *fids)) == expected

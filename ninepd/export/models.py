@@ -1,0 +1,58 @@
+"""Security models: whose the files of an export are, on the host and for the guest.
+
+Names and meaning are QEMU's (``-fsdev local,security_model=``). ``auto`` takes the best that this
+process and the file system allow.
+"""
+
+import logging
+
+from ninepd.capabilities import privileged
+from ninepd.config import AUTO, MAPPED, Export
+from ninepd.errors import UsageError
+from ninepd.export.host import Host
+from ninepd.export.local import LocalHost, UnmappedHost
+from ninepd.export.mapped import DMODE, FMODE
+from ninepd.export.mapped_file import MappedFileHost
+from ninepd.export.mapped_xattr import MappedXattrHost, takes_xattrs
+from ninepd.export.readonly import ReadonlyHost
+
+log = logging.getLogger(__name__)
+
+
+def choose_model(export: Export, directory: int) -> str:
+    """The security model of an export, which ``directory`` is the root of."""
+    if export.security_model != AUTO:
+        return export.security_model
+    if privileged():
+        model, reason = "passthrough", "this process may create files as any user"
+    elif takes_xattrs(directory):
+        model, reason = "mapped-xattr", "this process may not create files as other users"
+    else:
+        model, reason = "mapped-file", "the file system has no extended attributes for owners"
+    log.info("%s: security model %s, because %s", export.tag, model, reason)
+    return model
+
+
+def make_host(export: Export, model: str, directory: int) -> Host:
+    """The host as a security model shows it; UsageError if an option does not go with it.
+
+    ``directory``, the root of the export, stays open.
+    """
+    for option, value in (("fmode", export.fmode), ("dmode", export.dmode)):
+        if value is not None and model not in MAPPED:
+            raise UsageError(
+                f"--{option}: with {model} the guest's modes are the host's; "
+                f"it goes with {' and '.join(MAPPED)}"
+            )
+    host = _host(export, model, directory)
+    return ReadonlyHost(host) if export.readonly else host
+
+
+def _host(export: Export, model: str, directory: int) -> Host:
+    fmode = FMODE if export.fmode is None else int(export.fmode, 8)
+    dmode = DMODE if export.dmode is None else int(export.dmode, 8)
+    if model == "mapped-xattr":
+        return MappedXattrHost(fmode, dmode)
+    if model == "mapped-file":
+        return MappedFileHost(fmode, dmode, directory)
+    return UnmappedHost() if model == "none" else LocalHost()
