@@ -9,8 +9,10 @@ import ninepd._libvring as _libvring
 
 CAP_DAC_READ_SEARCH: Final = 2
 _SETGID: Final = 6
-_CREATING: Final = {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "SETGID": _SETGID, "SETUID": 7}
-"""To create and change files as any user."""
+_REACHING: Final = {"DAC_OVERRIDE": 1, "FOWNER": 3}
+"""To change any user's files."""
+_CREATING: Final = {**_REACHING, "CHOWN": 0, "SETGID": _SETGID, "SETUID": 7}
+"""To create them as any user, too."""
 _SETPCAP: Final = 8
 _ALSO: Final = {"FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
 """Set-ID bits, device nodes and file capabilities are guests' to make where files are."""
@@ -44,16 +46,17 @@ def has_capabilities(*bits: int) -> bool:
 def give_up(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> None:
     """Keep what serving an export needs; the rest is gone for good. Before there are threads.
 
-    ``as_others``: files are created as the guest's users. ``by_handle``: they are found again by
-    file handle. Nothing that is executed gets more, and no dump of memory is left on disk.
+    ``as_others``: files are created as the guest's users; else all are ours. ``by_handle``: they
+    are found again by file handle. Nothing that is executed gets more, and no dump of memory is
+    left on disk.
     """
-    keep: list[int] = []
+    keep = {*_REACHING.values()}
     if as_others and privileged():
-        keep += [*_CREATING.values(), *_ALSO.values()]
+        keep |= {*_CREATING.values(), *_ALSO.values()}
         if trusted_xattrs:
-            keep.append(_SYS_ADMIN)
+            keep.add(_SYS_ADMIN)
     if by_handle:
-        keep.append(CAP_DAC_READ_SEARCH)
+        keep.add(CAP_DAC_READ_SEARCH)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if has_capabilities(_SETGID):
         os.setgroups([])

@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], set[int]]] = {
     "default": ((), CREATING | {DAC_READ_SEARCH}),
     "names": (("--reclaim", "names"), CREATING),
     "none": (("--security-model", "none", "--reclaim", "names"), CREATING),
+    "mapped": (("--security-model", "mapped-xattr", "--reclaim", "names"), {1, 3}),
     "xattrs": (("--trusted-xattrs", "--reclaim", "names"), CREATING | {SYS_ADMIN}),
 }
 
