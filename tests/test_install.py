@@ -84,10 +84,13 @@ SETUP: Final = f"exec {sys.executable} setup.py build_ext --inplace"
 )
 def test_what_a_build_lacks_is_one_sentence(source: Path, missing: str, script: str) -> None:
     """And it is said before anything is compiled."""
-    if os.geteuid():
-        pytest.skip("hiding the headers needs root")
+    launcher = []
+    if missing == "Python.h":
+        launcher = ["unshare", "--mount"]
+        if subprocess.run([*launcher, "true"], check=False, capture_output=True).returncode:
+            pytest.skip("hiding the headers needs root, and no chroot")
     result = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script],
+        [*launcher, "sh", "-c", script],
         cwd=source,
         check=False,
         capture_output=True,
