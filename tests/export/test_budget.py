@@ -1,4 +1,4 @@
-"""Descriptors as a budget, counted: how much is done in one step, and who may put aside."""
+"""Descriptors as a budget, counted: how much is done in one step, and who may reclaim."""
 
 import os
 import threading

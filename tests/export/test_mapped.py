@@ -673,7 +673,7 @@ def test_readonly(start: Start) -> None:
 
 
 def test_what_runs_short_is_found_again(start: Start) -> None:
-    """With attributes, though descriptors were put aside meanwhile."""
+    """With attributes, though descriptors were reclaimed meanwhile."""
     share = start("--reclaim", "names")
     client = share.client
     for number in range(50):

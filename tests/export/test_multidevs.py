@@ -368,7 +368,7 @@ def test_held_files_outlive_a_lazy_unmount(
     subprocess.run(["mount", "-t", "tmpfs", "none", target], check=True)
 
 
-def test_resting_files_of_two_devices(
+def test_reclaimed_files_of_two_devices(
     devices: Path, start_daemon: StartDaemon, as_root: None
 ) -> None:
     """By handle, more fids than descriptors: each comes back from its own device."""

@@ -1,4 +1,4 @@
-"""Descriptors are a budget: what is put aside comes back as the same file, or not at all."""
+"""Descriptors are a budget: what is reclaimed comes back as the same file, or not at all."""
 
 import errno
 import os
@@ -150,7 +150,7 @@ def test_what_the_guest_unlinks_stays(start: Start, export: Path, how: str) -> N
     walk_all(client, names)
     for number in range(10):
         client.walk(ROOT, 10_000 + number, b"d%d" % number)
-    # The first ones are put aside by now.
+    # The first ones are reclaimed by now.
     for name in names[:40]:
         directory, leaf = name.split(b"/")
         client.rpc(Tunlinkat(10_000 + int(directory[1:]), leaf, 0))
@@ -174,7 +174,7 @@ def test_guest_renames_are_followed(start: Start, export: Path, how: str) -> Non
 
 
 @pytest.mark.parametrize("how", ["auto", "names"])
-def test_a_guest_rename_over_a_resting_file_keeps_it(start: Start, export: Path, how: str) -> None:
+def test_a_guest_rename_over_a_reclaimed_file_keeps_it(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
     _, client = start("--reclaim", how)
     walk_all(client, names)
@@ -188,7 +188,7 @@ def test_a_guest_rename_over_a_resting_file_keeps_it(start: Start, export: Path,
 
 
 @pytest.mark.parametrize("how", ["auto", "names"])
-def test_removal_by_a_resting_fid(start: Start, export: Path, how: str) -> None:
+def test_removal_by_a_reclaimed_fid(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
     _, client = start("--reclaim", how)
     walk_all(client, names)
@@ -217,7 +217,7 @@ def test_emfile_only_when_nothing_is_idle(start: Start, export: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["auto", "names"])
-def test_a_recycled_inode_does_not_join_a_resting_fid(start: Start, export: Path, how: str) -> None:
+def test_a_recycled_inode_does_not_join_a_reclaimed_fid(start: Start, export: Path, how: str) -> None:
     names = make_files(export, 600)
     _, client = start("--reclaim", how)
     walk_all(client, names)
@@ -288,7 +288,7 @@ def test_by_name_files_that_the_host_moves_are_followed(start: Start, export: Pa
 
 
 def test_by_name_every_file_moves_each_time_it_was_found(start: Start, export: Path) -> None:
-    """None of them is where the guest has found it, whenever it was put aside."""
+    """None of them is where the guest has found it, whenever it was reclaimed."""
     for folder in ("a", "b"):
         (export / folder).mkdir()
     for number in range(600):

@@ -55,7 +55,7 @@ class Batch:
 def test_a_read_that_waited_for_its_open_reads_that_file(
     start_daemon: StartDaemon, export: Path
 ) -> None:
-    """Its descriptor is not put aside, nor its number used again, before it is done."""
+    """Its descriptor is not reclaimed, nor its number used again, before it is done."""
     files = [b"f%04d" % number for number in range(1000)]
     for name in files:
         (export / name.decode()).write_bytes(name * 100)

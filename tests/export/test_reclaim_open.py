@@ -1,4 +1,4 @@
-"""What is put aside while the same file is open: it stays the same file, and is not lost."""
+"""What is reclaimed while the same file is open: it stays the same file, and is not lost."""
 
 import fcntl
 from pathlib import Path

@@ -200,7 +200,7 @@ def test_a_guest_goes_on_in_another_process(
         session = Session(os.open(export, os.O_PATH))
         listed = begin(session, export)
         state = dump(session.guest)
-        assert any(handle.fd < 0 for handle in state.handles), "some are put aside"
+        assert any(handle.fd < 0 for handle in state.handles), "some are reclaimed"
         leave_it_to_a_child()
         session.guest.tree.mounts.close()  # the watch is no part of a guest's state
         other = Session(state.root)
