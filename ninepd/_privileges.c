@@ -32,7 +32,10 @@ static int nd_lock_privileges(uint64_t keep) {
         if (!(keep >> bit & 1) && prctl(PR_CAPBSET_READ, bit, 0, 0, 0) == 1 &&
             prctl(PR_CAPBSET_DROP, bit, 0, 0, 0) < 0)
             return -errno;
-    return prctl(PR_SET_SECUREBITS, nd_secure_bits, 0, 0, 0) < 0 ? -errno : 0;
+    int bits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0); /* of which some may be locked already */
+    if (bits < 0 || prctl(PR_SET_SECUREBITS, (unsigned long)bits | nd_secure_bits, 0, 0, 0) < 0)
+        return -errno;
+    return 0;
 }
 
 /* Of what there is, the process keeps these and never gets others. What needs CAP_SETPCAP is left

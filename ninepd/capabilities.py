@@ -6,6 +6,7 @@ from functools import cache
 from typing import Final, Protocol, cast
 
 import ninepd._libvring as _libvring
+from ninepd.errors import UsageError
 
 CAP_DAC_READ_SEARCH: Final = 2
 _SETGID: Final = 6
@@ -16,7 +17,7 @@ _CREATING: Final = {**_REACHING, "CHOWN": 0, "SETGID": _SETGID, "SETUID": 7}
 _SETPCAP: Final = 8
 _ALSO: Final = {"FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
 """Set-ID bits, device nodes and file capabilities are guests' to make where files are."""
-_SYS_ADMIN: Final = 21
+CAP_SYS_ADMIN: Final = 21
 """For extended attributes ``trusted.*``, and ``security.*`` other than file capabilities."""
 
 
@@ -43,23 +44,32 @@ def has_capabilities(*bits: int) -> bool:
     return False
 
 
+def _may_set_groups() -> bool:
+    """Not in a user namespace that an ordinary user has made (user_namespaces(7))."""
+    with open("/proc/self/setgroups", encoding="ascii") as answer:
+        return answer.read().strip() == "allow"
+
+
 def give_up(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> None:
     """Keep what serving an export needs; the rest is gone for good. Before there are threads.
 
     ``as_others``: files are created as the guest's users; else all are ours. ``by_handle``: they
     are found again by file handle. Nothing that is executed gets more, and no dump of memory is
-    left on disk.
+    left on disk. UsageError if securebits are locked so that a guest's user would take them away.
     """
     keep = {*_REACHING.values()}
     if as_others and privileged():
         keep |= {*_CREATING.values(), *_ALSO.values()}
         if trusted_xattrs:
-            keep.add(_SYS_ADMIN)
+            keep.add(CAP_SYS_ADMIN)
     if by_handle:
         keep.add(CAP_DAC_READ_SEARCH)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if has_capabilities(_SETGID):
+    if has_capabilities(_SETGID) and _may_set_groups():
         os.setgroups([])
     error = _lib.nd_keep_only(sum(1 << bit for bit in keep))
     if error:
-        raise OSError(-error, f"privileges cannot be given up: {os.strerror(-error)}")
+        raise UsageError(
+            f"privileges cannot be given up ({os.strerror(-error)}): whoever starts ninepd has "
+            "locked securebits (SecureBits= in a unit); leave them alone"
+        )
