@@ -37,13 +37,17 @@ def open_standard_descriptors() -> None:
 def write_error(line: str) -> None:
     """A line to standard error, in one piece; whether somebody reads it or not.
 
-    Where there is no room for it, because somebody has a pipe and does not read, it is lost.
+    Where there is no room for it, because somebody has a pipe and does not read, it is lost, or
+    what is left of it: a pipe that is ready takes PIPE_BUF bytes without waiting (pipe(7)).
     """
     ready = select.poll()
     ready.register(2, select.POLLOUT)
+    data = f"{line}\n".encode(errors="backslashreplace")
     with contextlib.suppress(OSError):
-        if ready.poll(0):
-            os.write(2, f"{line}\n".encode(errors="backslashreplace"))
+        for at in range(0, len(data), select.PIPE_BUF):
+            if not ready.poll(0):
+                return
+            os.write(2, data[at : at + select.PIPE_BUF])
 
 
 def raise_file_limit() -> int:

@@ -3,7 +3,10 @@
 import logging
 import os
 import re
+import select
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +161,23 @@ def test_every_reply_is_decoded_in_the_trace(start_daemon: StartDaemon) -> None:
     (attributes,) = re.findall(r"Rgetattr\(.*", daemon.log)
     assert "size=4" in attributes
     assert not re.search(r"message \d+, \d+ bytes", daemon.log)
+
+
+def test_standard_error_that_nobody_reads() -> None:
+    """Lines get lost, also long ones for which there is not enough room; nobody waits."""
+    program = (
+        "from ninepd.process import write_error\n"
+        "for _ in range(100): write_error('x' * 9999)\n"
+        "print('done')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert select.select([process.stdout], [], [], 20)[0]
+            assert process.stdout.read() == b"done\n"
+        finally:
+            process.kill()
+        assert process.stderr.read(9999) == 9999 * b"x"
