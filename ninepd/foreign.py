@@ -140,7 +140,8 @@ class _Closers:
                 return
             self._running += 1
         if not self._workers.start(self._run):
-            self._run()
+            with self._lock:  # no thread can be had; the next one to close tries again
+                self._running -= 1
 
     def _run(self) -> None:
         while True:
