@@ -116,9 +116,13 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--fmode",
             metavar="MODE",
             help="With mapped models, the mode on the host of files that the guest creates, in "
-            "octal digits.  [default: 0600]",
+            f"octal digits, {config.DEFAULT_FMODE} by default.",
         ),
-        click.option("--dmode", metavar="MODE", help="The same of directories.  [default: 0700]"),
+        click.option(
+            "--dmode",
+            metavar="MODE",
+            help=f"The same of directories, {config.DEFAULT_DMODE} by default.",
+        ),
         click.option("--readonly", is_flag=True, help="Let the guest change nothing."),
         click.option(
             "--multidevs",

@@ -13,16 +13,17 @@ from typing import Any, Final
 
 from ninepd.errors import UsageError
 from ninepd.p9.limits import MIN_MSIZE
+from ninepd.syscalls import NO_ID
 
 TAG_MAX: Final = 254
 """QEMU's config space has at most 256 bytes, two of them for the tag's length."""
 SUN_PATH_MAX: Final = 107
 """unix(7): sun_path without its final NUL."""
 DEFAULT_SOCKET_MODE: Final = "0600"
+DEFAULT_FMODE: Final = "0600"
+DEFAULT_DMODE: Final = "0700"
 DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
-_NO_ID: Final = (1 << 32) - 1
-"""The number that chown(2) and others take for none: no user or group has it."""
 _MODE: Final = re.compile(r"0*[0-7]{1,3}", re.ASCII)
 AUTO: Final = "auto"
 MAPPED: Final = ("mapped-xattr", "mapped-file")
@@ -39,7 +40,7 @@ class Multidevs(StrEnum):
 
 
 class Reclaim(StrEnum):
-    """How a file is found again whose descriptor was put aside because they run short."""
+    """How a file is found again whose descriptor was reclaimed because they run short."""
 
     AUTO = "auto"
     """By file handle where that can be done, else by name."""
@@ -76,8 +77,8 @@ class Export:
         check_tag(self.tag)
         self._check_socket()
         for uid in self.allow_uid:
-            if not 0 <= uid < _NO_ID:
-                raise UsageError(f"--allow-uid: {uid} is not between 0 and {_NO_ID - 1}")
+            if not 0 <= uid < NO_ID:
+                raise UsageError(f"--allow-uid: {uid} is not between 0 and {NO_ID - 1}")
         self._check_modes()
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
@@ -103,6 +104,13 @@ class Export:
         mode = DEFAULT_SOCKET_MODE if self.socket_mode is None else self.socket_mode
         return _permissions("socket-mode", mode)
 
+    @property
+    def file_permissions(self) -> tuple[int, int]:
+        """Modes on the host of files and of directories, in mapped models; or UsageError."""
+        fmode = DEFAULT_FMODE if self.fmode is None else self.fmode
+        dmode = DEFAULT_DMODE if self.dmode is None else self.dmode
+        return _permissions("fmode", fmode), _permissions("dmode", dmode)
+
     def _check_directory(self) -> None:
         try:
             mode = os.stat(self.export).st_mode
@@ -124,15 +132,23 @@ class Export:
             raise UsageError(
                 f"--security-model: {model!r} is unknown; use one of {', '.join(MODELS)}"
             )
+        _ = self.file_permissions  # UsageError
+        if model != AUTO:
+            self.check_model(model)
+
+    def check_model(self, model: str) -> None:
+        """UsageError if an option does not go with the security model that was chosen."""
         for option, mode in (("fmode", self.fmode), ("dmode", self.dmode)):
-            if mode is None:
-                continue
-            _permissions(option, mode)
-            if model not in (AUTO, *MAPPED):
+            if mode is not None and model not in MAPPED:
                 raise UsageError(
                     f"--{option}: with {model} the guest's modes are the host's; "
                     f"it goes with {' and '.join(MAPPED)}"
                 )
+        if self.trusted_xattrs and model != "passthrough":
+            raise UsageError(
+                f"--trusted-xattrs: with {model} guests have no such attributes; "
+                "it goes with passthrough"
+            )
 
     def _check_socket(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
@@ -183,7 +199,7 @@ def _gid_of(group: str) -> int:
     try:
         return grp.getgrnam(group).gr_gid
     except (KeyError, ValueError):
-        if group.isascii() and group.isdigit() and int(group) < _NO_ID:
+        if group.isascii() and group.isdigit() and int(group) < NO_ID:
             return int(group)
     raise UsageError(f"--socket-group: this host has no group {group!r}")
 

@@ -1,6 +1,8 @@
 """What the process of an export can still do while it serves."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,60 @@ def test_of_root_with_two_exports(start_daemon: StartDaemon, export: Path, tmp_p
             client.attach()
         for pid in children(daemon.pid):
             check(pid, CREATING | {DAC_READ_SEARCH})
+
+
+def test_of_root_in_a_user_namespace(start_daemon: StartDaemon) -> None:
+    """Where groups cannot be given up, and there are none to lose (user_namespaces(7))."""
+    launcher = ("unshare", "--user", "--map-root-user")
+    if subprocess.run([*launcher, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make user namespaces here")
+    daemon = start_daemon("--reclaim", "names", launcher=launcher)
+    with Client(daemon.socket) as client:
+        client.attach()
+        client.rpc(Tmkdir(ROOT, b"d", 0o755, 0))
+        assert int(status(Path(f"/proc/{daemon.pid}"))["CapPrm"], 16) == sum(
+            1 << bit for bit in CREATING
+        )
+
+
+@pytest.mark.usefixtures("as_root")
+def test_of_root_where_bits_are_locked(start_daemon: StartDaemon) -> None:
+    """As systemd's SecureBits= locks them."""
+    daemon = start_daemon(launcher=("setpriv", "--securebits=+noroot,+noroot_locked"))
+    with Client(daemon.socket) as client:
+        client.attach()
+
+
+@pytest.mark.usefixtures("as_root")
+def test_of_root_where_a_needed_bit_is_locked(export: Path) -> None:
+    line = refusal(export, launcher=("setpriv", "--securebits=+no_setuid_fixup_locked"))
+    assert "SecureBits=" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--security-model", "none"), ("--security-model", "mapped-xattr")],
+    ids=["none", "mapped"],
+)
+def test_trusted_attributes_are_of_passthrough(export: Path, arguments: tuple[str, ...]) -> None:
+    assert "it goes with passthrough" in refusal(export, "--trusted-xattrs", *arguments)
+
+
+def test_trusted_attributes_need_a_capability(export: Path) -> None:
+    launcher = ("setpriv", "--bounding-set=-sys_admin") if not os.geteuid() else ()
+    line = refusal(export, "--trusted-xattrs", "--security-model", "passthrough", launcher=launcher)
+    assert "CAP_SYS_ADMIN" in line
+
+
+def refusal(export: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    """The one line on standard error of a daemon that does not start."""
+    program = [*launcher, sys.executable, "-m", "ninepd", "serve", "--export", str(export)]
+    result = subprocess.run(
+        [*program, "--tag", "t", "--socket-path", str(export / "s"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    return line

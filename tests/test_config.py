@@ -43,7 +43,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
         "allow-kernel-filesystems": "true",
-        "trusted-xattrs": "true",
+        "trusted-xattrs": "false",
         "allow-unsafe-export": "true",
         "msize-max": "8192",
         "poll-us": "0",
@@ -63,7 +63,9 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.allow_kernel_filesystems
-    assert loaded.trusted_xattrs
+    assert not loaded.trusted_xattrs
+    text = f'{good}security-model = "passthrough"\ntrusted-xattrs = true\n'
+    assert load(write(tmp_path, text))[0].trusted_xattrs
     assert loaded.allow_unsafe_export
 
 

@@ -23,8 +23,6 @@ from ninepd.owners import NO_DEVICE, Owner, shown_mode
 from ninepd.syscalls import NO_ID, QidDevices, Stat, fd_path
 from ninepd.tuples import made
 
-FMODE: Final = 0o600
-DMODE: Final = 0o700
 TARGET_MAX: Final = 4096
 """PATH_MAX: a longer target could not be followed (path_resolution(7))."""
 _ROOT: Final = 0
@@ -50,8 +48,8 @@ class MappedHost(LocalHost):
     def __init__(self, fmode: int, dmode: int) -> None:
         super().__init__()
         self.watches_writes = True
-        self._fmode = fmode & 0o777
-        self._dmode = dmode & 0o777
+        self._fmode = fmode
+        self._dmode = dmode
         self._acting: Any = threading.local()
         """Whom each thread acts for."""
 

@@ -6,12 +6,11 @@ process and the file system allow.
 
 import logging
 
-from ninepd.capabilities import privileged
-from ninepd.config import AUTO, MAPPED, Export
+from ninepd.capabilities import CAP_SYS_ADMIN, has_capabilities, privileged
+from ninepd.config import AUTO, Export
 from ninepd.errors import UsageError
 from ninepd.export.host import Host
 from ninepd.export.local import LocalHost, UnmappedHost
-from ninepd.export.mapped import DMODE, FMODE
 from ninepd.export.mapped_file import MappedFileHost
 from ninepd.export.mapped_xattr import MappedXattrHost, takes_xattrs
 from ninepd.export.readonly import ReadonlyHost
@@ -20,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def choose_model(export: Export, directory: int) -> str:
-    """The security model of an export, which ``directory`` is the root of."""
+    """The security model of an export, which ``directory`` is the root of; or UsageError."""
+    if export.trusted_xattrs and not has_capabilities(CAP_SYS_ADMIN):
+        raise UsageError("--trusted-xattrs: that needs CAP_SYS_ADMIN; run as root, or leave it out")
     if export.security_model != AUTO:
         return export.security_model
     if privileged():
@@ -29,28 +30,19 @@ def choose_model(export: Export, directory: int) -> str:
         model, reason = "mapped-xattr", "this process may not create files as other users"
     else:
         model, reason = "mapped-file", "the file system has no extended attributes for owners"
+    export.check_model(model)
     log.info("%s: security model %s, because %s", export.tag, model, reason)
     return model
 
 
 def make_host(export: Export, model: str, directory: int) -> Host:
-    """The host as a security model shows it; UsageError if an option does not go with it.
-
-    ``directory``, the root of the export, stays open.
-    """
-    for option, value in (("fmode", export.fmode), ("dmode", export.dmode)):
-        if value is not None and model not in MAPPED:
-            raise UsageError(
-                f"--{option}: with {model} the guest's modes are the host's; "
-                f"it goes with {' and '.join(MAPPED)}"
-            )
+    """The host as a security model shows it. ``directory``, the root of the export, stays open."""
     host = _host(export, model, directory)
     return ReadonlyHost(host) if export.readonly else host
 
 
 def _host(export: Export, model: str, directory: int) -> Host:
-    fmode = FMODE if export.fmode is None else int(export.fmode, 8)
-    dmode = DMODE if export.dmode is None else int(export.dmode, 8)
+    fmode, dmode = export.file_permissions
     if model == "mapped-xattr":
         return MappedXattrHost(fmode, dmode)
     if model == "mapped-file":
