@@ -11,7 +11,7 @@ C_SOURCES := $(wildcard ninepd/*.c)
 PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
 C_FILES := $(C_SOURCES) $(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h)
 
-.PHONY: all bench clean demo demo-guest format guests lint test test-quick wheel
+.PHONY: all bench clean demo demo-guest format guests lint test test-guest test-quick wheel
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
@@ -28,9 +28,17 @@ demo: $(VENV)/packages
 demo-guest: $(VENV)/packages
 	@PYTHONPATH=guests $(PYTHON) -m ninepd_guests.tools demo
 
-# Everything, booted guests included. PYTEST_ARGS narrows it down.
+# Everything, booted guests included: two halves at once, for each keeps one CPU busy. PYTEST_ARGS
+# narrows it down, to one run.
 test: lint guests
+ifdef PYTEST_ARGS
 	$(BIN)/pytest $(PYTEST_ARGS)
+else
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line test-guest test-quick
+endif
+
+test-guest: $(VENV)/built
+	$(BIN)/pytest tests/guest $(PYTEST_ARGS)
 
 # All but the booted guests.
 test-quick: $(VENV)/built
