@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from ninepd.capabilities import privileged
 from ninepd.errors import UsageError
 
 from .boot import Share, boot_qemu, boot_uml
@@ -35,11 +34,10 @@ def _say(text: str) -> None:
 @contextlib.contextmanager
 def _daemon(directory: str) -> Iterator[str]:
     """Serve a directory; the result is the path of the socket."""
-    model = "passthrough" if privileged() else "none"
     with tempfile.TemporaryDirectory(prefix="ninepd-demo-") as folder:
         path = os.path.join(folder, "demo.sock")
         command = [sys.executable, "-m", "ninepd", "serve", "--socket-path", path]
-        command += ["--export", directory, "--tag", TAG, "--security-model", model]
+        command += ["--export", directory, "--tag", TAG]
         command.append("--allow-unsafe-export")  # the guest does what its user says, here as there
         process = subprocess.Popen(command)
         try:
