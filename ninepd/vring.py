@@ -123,7 +123,8 @@ came: size, type, tag."""
 _USED_BITS: Final[i64] = _lib.NP_USED_BITS
 _COPY_BITS: Final[i64] = _lib.NP_COPY_BITS
 _TYPE_AT: Final[i64] = _USED_BITS + _COPY_BITS
-_SLOT_AT: Final[i64] = _TYPE_AT + _lib.NP_TYPE_BITS
+_TYPE_BITS: Final[i64] = _lib.NP_TYPE_BITS
+_SLOT_AT: Final[i64] = _TYPE_AT + _TYPE_BITS
 _SLOT_BITS: Final[i64] = _lib.NP_SLOT_BITS
 _DONE_SIZE: Final[int] = _ffi.sizeof("np_done")
 # "n" is the one kind of 64 bits for which struct does not go through a copy of the bytes.
@@ -152,8 +153,8 @@ def done_entry(slot: i64, number: i64, copy: i64, used: i64) -> i64:
     ``copy`` of them stand in the slot's reply buffer. C writes the header, whose tag is the
     request's; of none if the type is 0.
     """
-    if used >> _USED_BITS or copy >> _COPY_BITS or slot >> _SLOT_BITS:
-        raise ValueError("no push takes a slot or a length like that")
+    if used >> _USED_BITS or copy >> _COPY_BITS or number >> _TYPE_BITS or slot >> _SLOT_BITS:
+        raise ValueError("no push takes a reply like that")
     return used | copy << _USED_BITS | number << _TYPE_AT | slot << _SLOT_AT
 
 

@@ -111,6 +111,8 @@ def test_push_refuses_what_does_not_fit(rig: Rig) -> None:
         (head, 7, 6, 10),
         (head, 0, 10, 1 << 28),
         (head, 0, 1 << 12, 10),
+        (head, 1 << 8, 10, 10),
+        (head, 0, 10, -1),
     ]:
         with pytest.raises(ValueError, match="push"):
             rig.push(wrong)

@@ -24,11 +24,13 @@ from ninepd.syscalls import NO_ID, QidDevices, Stat, Statfs, fd_path
 class LocalHost(Host):
     """``passthrough``. Without privileges only the daemon's own user can create."""
 
-    __slots__ = ("_privileged",)
+    __slots__ = ("_privileged", "maps_types")
 
     def __init__(self) -> None:
         super().__init__(readonly=False)
         self._privileged = privileged()
+        self.maps_types = False
+        """Do extended attributes say of plain files what they are for guests?"""
 
     # Identity
 
@@ -95,7 +97,9 @@ class LocalHost(Host):
         cookies: Cookies,
         size: int,
     ) -> bytes:
-        return listing.readdir(fd, offset, at_root, look_up, covered, devices, cookies, size)
+        return listing.readdir(
+            fd, offset, at_root, look_up, covered, devices, cookies, size, self.maps_types
+        )
 
     def getdents(self, fd: int, offset: int) -> list[tuple[int, bytes]]:
         return listing.getdents(fd, offset)

@@ -11,12 +11,11 @@ import os
 import stat as st
 from typing import Final
 
-from ninepd import listing, owners, syscalls
+from ninepd import owners, syscalls
 from ninepd.export.host import ACLS
 from ninepd.export.mapped import MappedHost
-from ninepd.listing import Cookies, LookUp
 from ninepd.owners import NO_DEVICE, Owner
-from ninepd.syscalls import NO_ID, QidDevices, Stat, fd_path
+from ninepd.syscalls import NO_ID, Stat, fd_path
 
 PREFIX: Final = b"user.virtfs."
 
@@ -54,6 +53,10 @@ class MappedXattrHost(MappedHost):
     """Shows files as their extended attributes say."""
 
     __slots__ = ()
+
+    def __init__(self, fmode: int, dmode: int) -> None:
+        super().__init__(fmode, dmode)
+        self.maps_types = True
 
     def _owner(self, fd: int) -> Owner:
         return owners.owner_of(fd)
@@ -116,21 +119,6 @@ class MappedXattrHost(MappedHost):
         except OSError:
             self.rmdir(directory, name)
             raise
-
-    def readdir(
-        self,
-        fd: int,
-        offset: int,
-        at_root: bool,
-        look_up: LookUp,
-        covered: bytes,
-        devices: QidDevices,
-        cookies: Cookies,
-        size: int,
-    ) -> bytes:
-        return listing.readdir(
-            fd, offset, at_root, look_up, covered, devices, cookies, size, mapped=True
-        )
 
     # Extended attributes
 

@@ -8,7 +8,8 @@ file) and ``rdev``, decimal numbers of 32 bits with a sign, each only if it was 
 import errno
 import os
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from ninepd import syscalls
@@ -156,8 +157,10 @@ def remove(directory: int, name: bytes) -> None:
     """Keep nothing of a name."""
     try:
         kept = open_directory(directory)
-    except FileNotFoundError:
-        return
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return
+        raise
     try:
         os.unlink(name, dir_fd=kept)
     except FileNotFoundError:
@@ -166,17 +169,23 @@ def remove(directory: int, name: bytes) -> None:
         os.close(kept)
 
 
-def move(old: int, old_name: bytes, new: int, new_name: bytes) -> None:
-    """What is kept of one name becomes what is kept of another, whose directory is there."""
+@contextmanager
+def _both(old: int, new: int) -> Iterator[tuple[int, int]]:
     source = open_directory(old)
     try:
         target = open_directory(new)
         try:
-            os.rename(old_name, new_name, src_dir_fd=source, dst_dir_fd=target)
+            yield source, target
         finally:
             os.close(target)
     finally:
         os.close(source)
+
+
+def move(old: int, old_name: bytes, new: int, new_name: bytes) -> None:
+    """What is kept of one name becomes what is kept of another, whose directory is there."""
+    with _both(old, new) as (source, target):
+        os.rename(old_name, new_name, src_dir_fd=source, dst_dir_fd=target)
 
 
 def link(old: int, old_name: bytes, new: int, new_name: bytes) -> None:
@@ -185,12 +194,5 @@ def link(old: int, old_name: bytes, new: int, new_name: bytes) -> None:
     if not exists(old, old_name):
         return
     make_directory(new)
-    source = open_directory(old)
-    try:
-        target = open_directory(new)
-        try:
-            os.link(old_name, new_name, src_dir_fd=source, dst_dir_fd=target)
-        finally:
-            os.close(target)
-    finally:
-        os.close(source)
+    with _both(old, new) as (source, target):
+        os.link(old_name, new_name, src_dir_fd=source, dst_dir_fd=target)

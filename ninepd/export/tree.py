@@ -20,6 +20,7 @@ from ninepd.syscalls import Stat
 NAME_MAX: Final = 255
 _SLASH: Final = 0x2F
 _EXISTS: Final = errno.EEXIST
+"""A name of its own, because what mypyc compiles works defaults out at each call."""
 
 
 def check_name(name: bytes, dots: int = _EXISTS) -> None:

@@ -62,18 +62,15 @@ class _Inode:
     def take(self, kind: LockType, start: int, end: int) -> bool:
         """Lock a range on the host, at once or not at all; False if others are in the way."""
         assert self.file is not None  # noqa: S101 - opened by whoever calls
+        if not self.file.writable:  # it takes no more than a read lock then
+            kind = LockType.RDLCK
         try:
-            self.apply(self.file, self.possible(kind), start, end)
+            self.apply(self.file, kind, start, end)
         except OSError as error:
             if error.errno in {errno.EAGAIN, errno.EACCES}:
                 return False
             raise
         return True
-
-    def possible(self, kind: LockType) -> LockType:
-        """What the descriptor can take: without write access no more than a read lock."""
-        assert self.file is not None  # noqa: S101 - opened by whoever calls
-        return kind if self.file.writable else LockType.RDLCK
 
     def apply(self, file: Opened, kind: LockType, start: int, end: int) -> None:
         self._host.lock(file.fd, _TO_HOST[kind], start, _length(start, end))

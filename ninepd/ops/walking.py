@@ -143,6 +143,7 @@ def walk(guest: Guest, message: Twalk, payload: Payload, start: Fid) -> Reply:
 
 
 def _walk_on(guest: Guest, message: Twalk, start: Fid, payload: Payload) -> Reply:
+    # No lambda in ``walk``: mypyc would keep the variables of each call in an object.
     return walk(guest, message, payload, start)
 
 
