@@ -24,6 +24,7 @@ HOT = [
     "ninepd/pipeline.py",
     "ninepd/syscalls.py",
     "ninepd/tuples.py",
+    "ninepd/turns.py",
     "ninepd/vring.py",
     "ninepd/p9/codecs.py",
     "ninepd/p9/fids.py",

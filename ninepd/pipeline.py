@@ -7,12 +7,7 @@
     push (C)      replies scattered, used entries published, at most one notification
 
 A request that is known to wait leaves the thread at ``_hand_over`` and comes back through
-``_complete`` (jobs.py). One that turns out to wait keeps the thread, and loses the ring: the
-watcher makes a job of it, and another thread goes on with the batch.
-
-    Turn.claim    holds the slot of the request that is being served. Whoever pops it decides what
-                  becomes of the request: the serving thread, when it has come back with the reply,
-                  or the watcher, when it has not. Popping from a list is atomic, and costs nothing.
+``_complete`` (jobs.py). One that turns out to wait keeps the thread, and loses the ring (turns.py).
 
 Each request is answered exactly once. A Tflush of a request that is out is answered right behind
 it, never before: the client frees the request's memory when it sees the Rflush (net/9p/client.c,
@@ -21,20 +16,14 @@ p9_client_flush).
 
 import errno
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any, Final
 
-from mypy_extensions import i64
-
-from ninepd.answers import Answers
-from ninepd.errors import ProtocolError, RingBroken, to_errno
+from ninepd.errors import ProtocolError, to_errno
 from ninepd.export.handles import Handle
 from ninepd.framing import is_sound, refusal
-from ninepd.jobs import Job, Jobs
+from ninepd.jobs import Job
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Service
 from ninepd.ops.replies import Later, Payload, Reply
@@ -58,7 +47,8 @@ from ninepd.p9.messages import (
     Twrite,
 )
 from ninepd.payload import Buffers, ChainPayload, PrivatePayload
-from ninepd.vring import REQUEST, DirtyLog, GuestMemory, Vring, Watch
+from ninepd.turns import Turn, Turns
+from ninepd.vring import DirtyLog, GuestMemory, Vring, Watch
 from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -68,31 +58,16 @@ _MOVES_DATA: Final = frozenset({Tread, Treaddir, Twrite})
 """Messages whose handlers may touch guest memory."""
 _LOCKS: Final = frozenset({Tlock, Tgetlock})
 _CLUNKS: Final = frozenset({Tclunk, Tremove})
-_NO_SLOT: Final = -1
-"""A claim on no request: room is made for the next one."""
 _SEGMENTS: Final = 1024
 """Descriptors in one indirect table, or in a chain of a ring that is larger."""
 _PAGE: Final = 4096
 
 
-class Turn:
-    """One thread's turn at the ring. If the turn was taken from it, ``job`` is its request."""
-
-    __slots__ = ("claim", "job")
-
-    def __init__(self) -> None:
-        self.claim: list[int | None] = [None, None, None]
-        """Behind the Nones the slot of the request that it serves. Its own: whoever comes back late
-        must not take that of the thread that serves the ring by then. With the Nones the list never
-        becomes so short that Python gives its memory back, only to ask for it again."""
-        self.job: Job | None = None
-
-
-class Pipeline:
+class Pipeline(Turns):
     """The request engine on one ring.
 
-    ``start``, ``pause``, ``relocate``, ``set_call`` and ``close`` are the loop's; all else runs on
-    whichever thread serves the ring, or where it says so. A pause leaves the ring as it is, so that
+    ``start``, ``pause``, ``relocate``, ``set_log``, ``set_call`` and ``close`` are the loop's; all
+    else runs on whichever thread serves the ring. A pause leaves the ring as it is, so that
     ``start`` may go on with it; what is out then is answered after that, or dropped by ``close``.
     """
 
@@ -108,51 +83,24 @@ class Pipeline:
         poll_us: int,
         name: str,
     ) -> None:
+        handles = service.guest.tree.handles
+        super().__init__(vring, watch, workers, handles.budget, poll_us=poll_us, name=name)
         self._service = service
-        self._vring = vring
-        self._watch = watch
-        self._workers = workers
-        self._poll_us = poll_us
-        self._name = name
         self._header_stride = vring.header_stride
-        self._answers = Answers(vring, name)
         self._payloads: list[ChainPayload | None] = [None] * num
         self._buffers = Buffers()
         segments = max(num, _SEGMENTS) if indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)
-        handles = service.guest.tree.handles
         self._handles = handles
-        self._budget = handles.budget
         self._volumes = handles.volumes
-        self._jobs = Jobs(name, workers, vring.wake)
         self._follow_session()
-        self._batch: Iterator[tuple[int, ...]] = iter(())
-        """What is left of it: the next to serve the ring goes on with that."""
-        self._stopping = False
-        self._deadline = 0.0
-        """Until when a pause waits for requests that are out."""
-        self._watched = False
         # The request that is being served; see Turn.claim.
-        self._begun: i64 = 0
         self._tag = 0
         self._message: Any = None
         self._fid: Fid | None = None
         self._other: Fid | None = None
-        self._entry: tuple[int, ...] = ()
-        """As it came from the batch, while there is made room for it."""
-        self._turn = Turn()
-        self._lock = threading.Lock()
-        """Guards what follows, and a change of turn. No system call on the export under it."""
-        self._serving = False
-        self._touching = 0
-        """Threads that lost the ring and may still move data in guest memory."""
-        self.broken: str | None = None
-        """Why the ring can no longer be served, if so."""
-        self.on_rest: Callable[[], None] = _nothing
-        """Called on some thread when nothing touches the ring or guest memory any more: after
-        ``pause``, or because the ring broke."""
 
     # On the loop thread
 
@@ -167,32 +115,8 @@ class Pipeline:
         return len(self._jobs)
 
     def start(self) -> None:
-        """Serve the ring until ``pause``; OSError if there are no threads to be had.
-
-        One thread serves, one watches, and one is there to take over.
-        """
         self._follow_session()
-        self._stopping = False
-        self._turn = turn = Turn()
-        self._serving = True
-        self._budget.begin_serving()
-        if not self._watched:
-            self._watched = self._workers.start(self._watch_over)
-        ready = self._watched and self._workers.reserve()
-        if not ready or not self._workers.start(partial(self._serve, turn)):
-            self._serving = False
-            self._budget.end_serving()
-            raise OSError(errno.EAGAIN, "the limit of threads is reached; raise it (TasksMax=)")
-        self._workers.reserve()
-
-    def pause(self, grace: float) -> None:
-        """Bring the ring to rest, which ``on_rest`` tells: taken requests answered, or out.
-
-        Those that are out get ``grace`` seconds to end.
-        """
-        self._deadline = time.monotonic() + grace
-        self._stopping = True
-        self._vring.wake()
+        super().start()
 
     def relocate(self, memory: GuestMemory) -> None:
         """Guest memory has changed, while the ring rests; RingBroken if the ring is not in it."""
@@ -209,150 +133,6 @@ class Pipeline:
     def set_call(self, fd: int) -> None:
         """Notify the guest through another descriptor, or not at all (-1)."""
         self._vring.set_call(fd)
-
-    def close(self) -> None:
-        """Forget what is out; the ring is gone. It must rest."""
-        self.on_rest = _nothing
-        self._watch.stop()
-        self._jobs.close()
-
-    # Taking turns
-
-    def _serve(self, turn: Turn) -> None:
-        """Serve the ring until it is to rest, or until the turn is taken away."""
-        try:
-            while self._serve_batch(turn):
-                if self._jobs.by_tag:
-                    for job in self._jobs.completed():
-                        self._complete(job)
-                self._answers.publish()
-                if self._stopping:
-                    break
-                count = self._vring.wait(self._poll_us)
-                self._batch = REQUEST.iter_unpack(self._vring.batch[: count * REQUEST.size])
-            else:
-                return
-            self._drain()
-        except RingBroken as error:
-            self.broken = str(error)
-        except Exception as error:
-            log.exception("%s: a bug stopped this device", self._name)
-            self.broken = f"internal error: {error!r}"
-            if turn is not self._turn:  # somebody else has the ring, and will find it broken
-                self.pause(0)
-                return
-        self._watch.rest()
-        self._budget.end_serving()
-        with self._lock:
-            self._serving = False
-            rests = not self._touching
-        if rests:
-            self.on_rest()
-
-    def _serve_batch(self, turn: Turn) -> bool:
-        """Serve what is left of the batch; False if somebody else does that now."""
-        for entry in self._batch:
-            head, readable, writable, copied, fault, size, number, tag = entry
-            if not self._request(turn, head, readable, writable, copied, fault, size, number, tag):
-                return False
-        return True
-
-    def _drain(self) -> None:
-        """Answer what comes back before the deadline."""
-        while self._jobs:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                break
-            for job in self._jobs.completed(left):
-                self._complete(job)
-            self._answers.publish()
-
-    def _watch_over(self) -> None:
-        """On the watcher's thread, as long as there is the ring."""
-        begun: i64 = -1
-        while self._watch.wait():
-            if self._begun == begun:
-                try:
-                    self._take_over()
-                except Exception:  # the serving thread will find that it has no job, and say so
-                    log.exception("%s: a bug kept the ring from another thread", self._name)
-            begun = self._begun
-
-    def _take_over(self) -> None:
-        """The serving thread has been in one request for more than a tick: another one serves on.
-
-        Not if no thread can be had; then the next tick tries again.
-        """
-        if not self._workers.reserve():
-            return
-        with self._lock:
-            claim = self._turn.claim
-            head = claim.pop()
-            if head is None:  # it has just come back, or is not in a request
-                claim.insert(0, None)
-                return
-            if head == _NO_SLOT:
-                self._batch = chain((self._entry,), self._batch)
-            else:
-                self._make_job(head)
-            self._turn = turn = Turn()
-        self._budget.take_over()
-        self._answers.publish()
-        if not self._workers.start(partial(self._serve, turn)):
-            self._serve(turn)  # unwatched: better than not at all
-
-    def _make_job(self, head: int) -> None:
-        """Of the request that the serving thread is in."""
-        message, payload = self._message, self._payload(head)
-        fids = _listed(self._fid, self._other)
-        payload.uses = 1
-        # A clunk may have given up its locks, or be about to: who knows.
-        locks = fids[0].handle if type(message) in _LOCKS | _CLUNKS else None
-        job = self._job(head, self._tag, message, fids, payload, None, locks)
-        job.moves_data = type(message) in _MOVES_DATA
-        self._jobs.adopt(job)
-        self._touching += job.moves_data
-        self._turn.job = job
-        log.debug("%s: tag %d takes long: %s", self._name, job.tag, message)
-
-    def _make_room(self, turn: Turn, entry: tuple[int, ...]) -> bool:
-        """Before a request is served; False if another thread has the ring, and the request."""
-        self._entry = entry
-        self._begun += 1
-        turn.claim.append(_NO_SLOT)
-        try:
-            self._budget.make_room()
-        finally:
-            mine = turn.claim.pop() is not None
-        return mine
-
-    def _be_late(self, turn: Turn, reply: Reply) -> None:
-        """Back from a request, but somebody else serves the ring now: the request is a job."""
-        with self._lock:
-            job = turn.job
-        assert job is not None  # noqa: S101 - who took the claim has set it, under the lock
-        work = None
-        if isinstance(reply, Later):
-            work = reply.work
-            try:
-                job.payload = self._private(self._payload(job.head), job.message)
-            except OSError as error:  # the request's data is gone
-                work, reply = None, job.guest.session.error(to_errno(error))
-        self._leave_memory(job)
-        if work is None:
-            self._jobs.finish(job, reply)
-        else:
-            self._jobs.perform(job, work)
-
-    def _leave_memory(self, job: Job) -> None:
-        """A job that has lost the ring will not touch guest memory any more."""
-        if job.moves_data:
-            job.moves_data = False
-            with self._lock:  # of the last to leave, the change and the look are one step
-                self._touching -= 1
-                rests = not self._serving and not self._touching
-            if rests:
-                self.on_rest()
 
     # Serving
 
@@ -515,6 +295,19 @@ class Pipeline:
             locks,
         )
 
+    def _job_under_way(self, head: int) -> Job:
+        fids = _listed(self._fid, self._other)
+        message, payload = self._message, self._payload(head)
+        payload.uses = 1
+        # A clunk may have given up its locks, or be about to: who knows.
+        locks = fids[0].handle if type(message) in _LOCKS | _CLUNKS else None
+        job = self._job(head, self._tag, message, fids, payload, None, locks)
+        job.moves_data = type(message) in _MOVES_DATA
+        return job
+
+    def _take_data(self, job: Job) -> None:
+        job.payload = self._private(self._payload(job.head), job.message)
+
     def _session_message(self, head: int, tag: int, message: Any) -> None:
         if isinstance(message, Tflush):
             job = self._jobs.find(message.oldtag)
@@ -585,7 +378,3 @@ def _locks(message: Any, fids: list[Fid]) -> Handle | None:
 def _first(before: Callable[[], None], reply: Reply) -> Reply:
     before()
     return reply
-
-
-def _nothing() -> None:
-    pass

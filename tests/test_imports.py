@@ -26,6 +26,7 @@ LAYERS: Final = (
     {"connection", "exposure", "listener", "systemd"},
     {"control", "device", "frontend"},
     {"pipeline"},
+    {"turns"},
     {"answers", "framing", "jobs"},
     {"payload"},
     {"ops"},
