@@ -174,7 +174,9 @@ def test_guest_renames_are_followed(start: Start, export: Path, how: str) -> Non
 
 
 @pytest.mark.parametrize("how", ["auto", "names"])
-def test_a_guest_rename_over_a_reclaimed_file_keeps_it(start: Start, export: Path, how: str) -> None:
+def test_a_guest_rename_over_a_reclaimed_file_keeps_it(
+    start: Start, export: Path, how: str
+) -> None:
     names = make_files(export, 600)
     _, client = start("--reclaim", how)
     walk_all(client, names)
@@ -217,7 +219,9 @@ def test_emfile_only_when_nothing_is_idle(start: Start, export: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["auto", "names"])
-def test_a_recycled_inode_does_not_join_a_reclaimed_fid(start: Start, export: Path, how: str) -> None:
+def test_a_recycled_inode_does_not_join_a_reclaimed_fid(
+    start: Start, export: Path, how: str
+) -> None:
     names = make_files(export, 600)
     _, client = start("--reclaim", how)
     walk_all(client, names)
