@@ -197,7 +197,7 @@ static void release(np_vring *v, struct slot *slot) {
  * -EFAULT if the ring is not in guest memory. */
 static int np_vring_push(np_vring *v, uint32_t count) {
     uint32_t i;
-    if (v->unlocated)
+    if (!v->used)
         return -EFAULT;
     if (count > v->config.num)
         return -EINVAL;

@@ -100,9 +100,9 @@ struct idle {
 struct np_vring {
     np_vring_config config;
     np_counters *counters;
-    _Atomic uint16_t *avail, *used;
-    _Atomic uint32_t *used_ring; /* id, len */
-    bool unlocated;              /* guest memory holds its parts no more */
+    _Atomic uint16_t *avail, *used; /* NULL: not in guest memory */
+    _Atomic uint32_t *used_ring;    /* id, len */
+    bool unlocated;                 /* guest memory holds its parts no more, but may again */
     bool log_used;
     uint64_t used_gpa; /* where the log has the used ring */
     atomic_int call, call_kind;
@@ -151,6 +151,7 @@ static int locate_ring(np_vring *v) {
     uint64_t event = config->event_idx ? 2 : 0, desc_len = 16ull * config->num,
              avail_len = 4 + 2ull * config->num + event, used_len = 4 + 8ull * config->num + event;
     uint8_t *desc, *avail, *used;
+    v->used = NULL;
     if (!(desc = locate(c, "descriptor table", config->desc, desc_len, 16)) ||
         !(avail = locate(c, "available ring", config->avail, avail_len, 2)) ||
         !(used = locate(c, "used ring", config->used, used_len, 4)))
@@ -175,18 +176,19 @@ static int np_vring_relocate(np_vring *v, np_memory *m) {
     for (uint32_t i = 0; i < v->fresh; i++)
         if (v->slots[i].in_flight)
             relocate_slot(c, &v->slots[i]);
-    if (v->unlocated)
+    if (v->unlocated) {
         c->broken[0] = '\0';
-    else if (c->broken[0])
+    } else if (c->broken[0]) { /* for good, by the guest: where it lay, there may be nothing now */
+        v->used = NULL;
         return -1;
+    }
     v->unlocated = locate_ring(v) < 0;
     return v->unlocated ? -1 : 0;
 }
 
 /* Does the used ring stand where we left it? Otherwise the guest has begun a new one there. */
 static bool np_vring_continues(np_vring *v) {
-    return !v->unlocated && v->used &&
-           load16(&v->used[INDEX], memory_order_relaxed) == v->counters->used_index;
+    return v->used && load16(&v->used[INDEX], memory_order_relaxed) == v->counters->used_index;
 }
 
 /* ---- Life ---- */

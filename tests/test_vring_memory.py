@@ -86,6 +86,23 @@ def test_another_memory_in_the_place_of_the_old() -> None:
         answered(rig, in_data(rig, 2))
 
 
+def test_a_broken_ring_is_not_looked_for_in_memory_that_has_gone() -> None:
+    """A batch is delivered up to a malformed request; then the front end changes the memory."""
+    with closing(two_regions()) as rig, closing(GuestMemory()) as other:
+        head = in_data(rig)
+        rig.driver.submit([message()])
+        rig.driver.publish(rig.driver.num)
+        assert len(rig.take()) == 1
+        for region in (RING, DATA):
+            other.add(*region, rig.driver.fd)
+        with pytest.raises(RingBroken, match="head 128 is available"):
+            rig.ring.relocate(other)
+        assert not rig.ring.continues()
+        with pytest.raises(RingBroken, match="head 128 is available"):
+            rig.push((head, 0, 0, 0))
+        assert rig.driver.take_used() == []
+
+
 def test_an_equal_region_is_replaced_at_once_or_not_at_all() -> None:
     with closing(two_regions()) as rig, tempfile.TemporaryFile() as file:
         head = in_data(rig)
