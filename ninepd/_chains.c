@@ -95,10 +95,10 @@ struct tail {
 static struct tail tail_of(const struct slot *slot, int stream, uint64_t skip) {
     const struct stream *s = &slot->stream[stream];
     struct tail tail = {.segment = slot->segments};
-    if (stream == NP_WRITABLE)
-        tail.segment += slot->stream[NP_READABLE].count;
     if (skip >= s->bytes)
         return tail;
+    if (stream == NP_WRITABLE)
+        tail.segment += slot->stream[NP_READABLE].count;
     tail.bytes = s->bytes - skip;
     while (skip >= tail.segment->len)
         skip -= tail.segment++->len;
