@@ -243,6 +243,8 @@ static bool must_look(const struct listing *listing, const struct dirent64_head 
 static bool identify(const struct listing *listing, const struct dirent64_head *entry,
                      nd_stat *out) {
     *out = (nd_stat){.dev = listing->dev, .ino = entry->ino, .mode = DTTOIF(entry->type)};
+    if (!*entry->name) /* a FUSE server's name may begin with a NUL; clients choke on it */
+        return false;
     if (must_look(listing, entry)) {
         bool itself = listing->at_root && !strcmp(entry->name, "..");
         struct statx st;
