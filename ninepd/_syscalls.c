@@ -67,6 +67,7 @@ int nd_chown(int fd, uint32_t uid, uint32_t gid);
 int nd_utimens(int fd, int64_t atime_sec, int64_t atime_nsec, int64_t mtime_sec,
                int64_t mtime_nsec);
 int nd_fstatfs(int fd, nd_statfs *out);
+int nd_write_out(int fd, int64_t offset, int64_t count);
 int nd_file_handle(int fd, uint8_t *out);
 int nd_open_by_handle(int mount_fd, const uint8_t *handle, int size, int flags);
 int64_t nd_getxattr(int fd, const char *name, uint8_t *out, uint32_t size);
@@ -419,6 +420,14 @@ int nd_fstatfs(int fd, nd_statfs *out) {
         .namelen = (uint64_t)st.f_namelen,
     };
     return 0;
+}
+
+/* Starts writing a range to the disk, after what of it is being written already: so QEMU does it
+ * (hw/9pfs/9p-local.c, local_pwritev). The error of an earlier write is told here or never: the
+ * kernel takes it for reported (mm/filemap.c, file_fdatawait_range). */
+int nd_write_out(int fd, int64_t offset, int64_t count) {
+    const unsigned how = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE;
+    return sync_file_range(fd, offset, count, how) < 0 ? -errno : 0;
 }
 
 /* The value of an extended attribute of what `fd` holds; its length, or -errno. */

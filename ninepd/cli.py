@@ -125,6 +125,12 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--readonly", is_flag=True, help="Let the guest change nothing."),
         click.option(
+            "--writeout",
+            metavar="WHEN",
+            help="immediate: the disk begins with what guests write at once, and the host keeps no "
+            "dirty pages of it; by default the host's kernel chooses when.",
+        ),
+        click.option(
             "--multidevs",
             metavar="MODE",
             default="remap",

@@ -48,6 +48,12 @@ class Reclaim(StrEnum):
     HANDLES = "handles"
 
 
+class Writeout(StrEnum):
+    """When the host is to write to the disk what guests write (QEMU's option ``writeout``)."""
+
+    IMMEDIATE = "immediate"
+
+
 @dataclass(frozen=True)
 class Export:
     """One directory, offered under one tag on one vhost-user socket."""
@@ -64,6 +70,7 @@ class Export:
     fmode: str | None = None
     dmode: str | None = None
     readonly: bool = False
+    writeout: str | None = None
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
     allow_kernel_filesystems: bool = False
@@ -80,6 +87,8 @@ class Export:
             if not 0 <= uid < NO_ID:
                 raise UsageError(f"--allow-uid: {uid} is not between 0 and {NO_ID - 1}")
         self._check_modes()
+        if self.writeout is not None:
+            _check_choice("writeout", self.writeout, Writeout)
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
         if self.msize_max < MIN_MSIZE:

@@ -82,6 +82,7 @@ class _Lib(Protocol):
         self, fd: int, atime_sec: int, atime_nsec: int, mtime_sec: int, mtime_nsec: int
     ) -> int: ...
     def nd_fstatfs(self, fd: int, out: Any) -> int: ...
+    def nd_write_out(self, fd: int, offset: int, count: int) -> int: ...
     def nd_file_handle(self, fd: int, out: Any) -> int: ...
     def nd_open_by_handle(self, mount_fd: int, handle: bytes, size: int, flags: int) -> int: ...
     def nd_getxattr(self, fd: int, name: bytes, out: Any, size: int) -> int: ...
@@ -261,6 +262,13 @@ def fstatfs(fd: int) -> Statfs:
     out = _new("nd_statfs *")
     checked(_lib.nd_fstatfs(fd, out))
     return Statfs._make(_STATFS.unpack(_buffer(out)))
+
+
+def write_out(fd: int, offset: int, count: int) -> None:
+    """Have the disk begin with bytes that were written to a file, which may wait for it."""
+    if _CHECKS:
+        assert_unlocked()
+    checked(_lib.nd_write_out(fd, offset, count))
 
 
 def lock(fd: int, kind: int, start: int, length: int) -> None:

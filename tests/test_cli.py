@@ -132,6 +132,7 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--security-model", "mapped", "--security-model"),
         ("--security-model", "Passthrough", "unknown"),
         ("--security-model", "", "--security-model"),
+        ("--writeout", "later", "immediate"),
         ("--msize-max", "4095", "4095"),
         ("--msize-max", "-1", "--msize-max"),
         ("--msize-max", "many", "--msize-max"),

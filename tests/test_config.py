@@ -40,6 +40,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "fmode": '"0640"',
         "dmode": '"0750"',
         "readonly": "true",
+        "writeout": '"immediate"',
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
         "allow-kernel-filesystems": "true",
@@ -62,6 +63,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     assert loaded.allow_uid == (0, 4321)
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
+    assert loaded.writeout == "immediate"
     assert loaded.allow_kernel_filesystems
     assert not loaded.trusted_xattrs
     text = f'{good}security-model = "passthrough"\ntrusted-xattrs = true\n'

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import signal
 import stat
 import struct
 import subprocess
@@ -38,6 +37,7 @@ from ninepd.p9.messages import (
 )
 from tests.conftest import StartDaemon
 from tests.support.client import ROOT, Client, Daemon, P9Error
+from tests.support.tracing import traced
 
 RDWR, APPEND, TRUNC, EXCL = 2, 0x400, 0x200, 0x80
 DSYNC, SYNC = 0x1000, 0x101000
@@ -133,33 +133,9 @@ def test_flags_are_the_hosts(
 @pytest.fixture
 def calls(daemon: Daemon, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
     """The names of the daemon's flushing system calls so far."""
-    log = tmp_path / "strace.log"
-    command = ["strace", "-f", "-e", "trace=fsync,fdatasync,sync_file_range,syncfs", "-o", str(log)]
-    try:
-        tracer = subprocess.Popen(
-            [*command, "-p", str(daemon.pid)], stderr=subprocess.PIPE, text=True
-        )
-    except FileNotFoundError:
-        pytest.skip("no strace")
-    assert tracer.stderr is not None
-    first = tracer.stderr.readline()
-    if "attached" not in first:
-        tracer.communicate()
-        pytest.skip(f"strace: {first.strip()}")
-
-    def so_far() -> list[str]:
-        tracer.send_signal(signal.SIGINT)
-        tracer.communicate(timeout=20)
-        names = []
-        for line in log.read_text().splitlines():
-            call = line.split(maxsplit=1)[1]
-            if not call.startswith(("---", "+++", "<...")):
-                names.append(call.split("(")[0])
-        return names
-
-    yield so_far
-    tracer.kill()
-    tracer.communicate()
+    flushes = "trace=fsync,fdatasync,sync_file_range,syncfs"
+    with traced(daemon.pid, tmp_path / "strace.log", "-e", flushes) as tracer:
+        yield lambda: [call.split("(")[0] for call in tracer.calls()]
 
 
 def test_fsync_and_fdatasync(client: Client, calls: Callable[[], list[str]]) -> None:

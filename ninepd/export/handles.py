@@ -137,7 +137,15 @@ Hint: TypeAlias = tuple[Handle, bytes]
 class Opened(Holder):
     """A file or directory that is open for I/O on a handle."""
 
-    __slots__ = ("_reopen", "cookies", "flags", "handle", "read_offset", "read_position")
+    __slots__ = (
+        "_reopen",
+        "cookies",
+        "flags",
+        "handle",
+        "read_offset",
+        "read_position",
+        "writes_through",
+    )
 
     def __init__(
         self, handle: Handle, fd: int, flags: int, reopen: Callable[[Handle, int, bool], int]
@@ -149,6 +157,8 @@ class Opened(Holder):
         self._reopen = reopen
         self.handle = handle
         self.flags = flags
+        self.writes_through = bool(flags & (os.O_SYNC | os.O_DSYNC)) or handle.table.host.writes_out
+        """Is what is written to go to the disk at once, which may wait for it?"""
         self.read_offset = self.read_position = 0
         """How far an old client has read a directory: in bytes, and where that is on the host."""
         self.cookies: Cookies | None = None
@@ -167,10 +177,6 @@ class Opened(Holder):
     @property
     def writable(self) -> bool:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
-
-    @property
-    def synchronous(self) -> bool:
-        return bool(self.flags & (os.O_SYNC | os.O_DSYNC))
 
     def close(self) -> None:
         """OSError says what became of late writes; there is nothing left to close then, too."""

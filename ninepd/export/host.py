@@ -26,13 +26,15 @@ class Host:
     them is up to the class.
     """
 
-    __slots__ = ("readonly", "watches_writes")
+    __slots__ = ("readonly", "watches_writes", "writes_out")
 
     def __init__(self, readonly: bool, watches_writes: bool = False) -> None:
         self.readonly = readonly
         """Is every change refused?"""
         self.watches_writes = watches_writes
         """Does ``before_write`` want to be called? Not where the host's kernel does its work."""
+        self.writes_out = False
+        """Is ``write_out`` wanted behind each write?"""
 
     # Looking
 
@@ -179,6 +181,13 @@ class Host:
     @abstractmethod
     def before_write(self, fd: int) -> None:
         """An open file is about to be written for a user who is not root: set-ID bits go."""
+
+    @abstractmethod
+    def write_out(self, fd: int, offset: int, count: int) -> None:
+        """Have the disk begin with what was written there; an error may be that of an earlier one.
+
+        Waits for what of it the disk is at already.
+        """
 
     @abstractmethod
     def chmod(self, fd: int, mode: int) -> None:

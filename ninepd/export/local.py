@@ -190,6 +190,9 @@ class LocalHost(Host):
     def before_write(self, fd: int) -> None:
         """The kernel sees to it, who knows for whom this thread writes."""
 
+    def write_out(self, fd: int, offset: int, count: int) -> None:
+        syscalls.write_out(fd, offset, count)
+
     def chmod(self, fd: int, mode: int) -> None:
         os.chmod(fd_path(fd), mode)
 

@@ -38,6 +38,7 @@ def choose_model(export: Export, directory: int) -> str:
 def make_host(export: Export, model: str, directory: int) -> Host:
     """The host as a security model shows it. ``directory``, the root of the export, stays open."""
     host = _host(export, model, directory)
+    host.writes_out = export.writeout is not None
     return ReadonlyHost(host) if export.readonly else host
 
 

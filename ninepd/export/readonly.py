@@ -148,6 +148,9 @@ class ReadonlyHost(Host):
     def before_write(self, _fd: int) -> None:
         refuse()
 
+    def write_out(self, _fd: int, _offset: int, _count: int) -> None:
+        refuse()
+
     def chmod(self, _fd: int, _mode: int) -> None:
         refuse()
 

@@ -181,15 +181,15 @@ def _read_rest(file: Opened, offset: int, count: int, done: int, payload: Payloa
 
 
 def write(_guest: Guest, message: Twrite, payload: Payload, fid: Fid) -> Reply:
-    """Data into the page cache; on a worker if the file was opened to be written through."""
+    """Data into the page cache; on a worker if it is to go to the disk as well."""
     if message.nbytes > payload.available:
         raise OSError(errno.EINVAL, f"{message.nbytes} bytes announced, {payload.available} came")
     if isinstance(fid.opened, XattrWriter):
         return xattrs.write(fid.opened, message, payload)
     file = fid.open_file()
     _check_offset(message.offset, message.nbytes)
-    if file.synchronous and not fid.handle.in_memory:
-        return Later(partial(_write_all, fid.uid, file, message))
+    if file.writes_through and not fid.handle.in_memory:
+        return Later(partial(_write_through, fid.uid, file, message))
     return _write_all(fid.uid, file, message, payload)
 
 
@@ -209,6 +209,14 @@ def _write_all(uid: int, file: Opened, message: Twrite, payload: Payload) -> Rep
             raise OSError(errno.EIO, "the file took no data")
         done += got
     return made(Rwrite, (done,))
+
+
+def _write_through(uid: int, file: Opened, message: Twrite, payload: Payload) -> Reply:
+    reply = _write_all(uid, file, message, payload)
+    host = file.handle.table.host
+    if host.writes_out and reply.nbytes:
+        host.write_out(file.fd, message.offset, reply.nbytes)
+    return reply
 
 
 def fsync(guest: Guest, message: Tfsync, payload: Payload, fid: Fid) -> Reply:
