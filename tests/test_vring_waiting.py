@@ -216,10 +216,11 @@ def test_idle_means_asleep(rig: Rig) -> None:
 
 def test_spinning_stops_when_it_catches_nothing(rig: Rig) -> None:
     with Device(rig, spin=4000) as device:
-        for _ in range(20):
+        deadline = time.monotonic() + 60
+        while rig.ring.counters.spin_hits <= 5:  # a busy machine may be late for some
+            assert time.monotonic() < deadline
             time.sleep(0.0005)
             echo(rig)
-        assert rig.ring.counters.spin_hits > 5
         before = device.cpu()
         for _ in range(20):
             time.sleep(0.03)
