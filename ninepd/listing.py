@@ -46,6 +46,7 @@ _ffi: Final[Any] = _libvring.ffi
 _lib: Final = cast("_Lib", _libvring.lib)
 _new: Final = _ffi.new
 _buffer: Final = _ffi.buffer
+_unpack: Final = _ffi.unpack
 
 RUN_MAX: Final = 65536
 """Longest run of directory entries in one reply: enough to amortise a round trip."""
@@ -77,7 +78,9 @@ class Cookies:
         room = _lib.nd_cookies_dump(self.table, _ffi.NULL, 0, base)
         positions = _new("uint64_t[]", room)
         count = _lib.nd_cookies_dump(self.table, positions, room, base)
-        return base[0], list(positions[0 : min(room, count)])
+        # Not a slice: that does not keep the array, which a compiled method lets go after its last
+        # use.
+        return base[0], _unpack(positions, min(room, count))
 
     def load(self, base: int, positions: list[int]) -> None:
         """Become what was dumped; only when fresh."""

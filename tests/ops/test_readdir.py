@@ -312,6 +312,14 @@ def test_cookies_of_a_directory_that_churns_are_bounded() -> None:
         cookies.position(1 << 30)  # the first of all
 
 
+def test_many_cookies_are_handed_over() -> None:
+    """So many that their memory is the kernel's again as soon as nobody holds it."""
+    positions = list(range(1 << 40, (1 << 40) + 40_000))
+    cookies = Cookies()
+    cookies.load(7, positions)
+    assert cookies.dump() == (7, positions)
+
+
 def test_small_positions_are_their_own_cookies() -> None:
     cookies = Cookies()
     run = entries_at(range(1000))
