@@ -212,18 +212,20 @@ class MappedFileHost(MappedHost):
 
     def link(self, fd: int, directory: int, name: bytes) -> None:
         self._check(name)
-        place, owner = self._place(fd), self._owner(fd)
-        super().link(fd, directory, name)
+        place = self._place(fd)
         try:
-            if place is not None:
-                metadata.link(*place, directory, name)
-            else:
-                metadata.remove(directory, name)
-                if owner != _NOTHING:
-                    metadata.write(directory, name, owner)
-        except OSError:
-            os.unlink(name, dir_fd=directory)
-            raise
+            owner = self._owner(fd)
+            super().link(fd, directory, name)
+            try:
+                if place is not None:
+                    metadata.link(*place, directory, name)
+                else:
+                    metadata.remove(directory, name)
+                    if owner != _NOTHING:
+                        metadata.write(directory, name, owner)
+            except OSError:
+                os.unlink(name, dir_fd=directory)
+                raise
         finally:
             if place is not None:
                 self.close(place[0])

@@ -55,6 +55,19 @@ def chmod(fid: int, mode: int) -> Tsetattr:
     return Tsetattr(fid, SetattrValid.MODE, mode, 0, 0, 0, 0, 0, 0, 0)
 
 
+def test_links_that_fail_keep_nothing_open(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("--security-model", "mapped-file")
+    with Client(daemon.socket) as client:
+        client.attach()
+        make(client, ROOT, "file", b"f", 0o640, 6)
+        client.walk(ROOT, 1, b"f")
+        assert client.error(Tlink(ROOT, 1, b"f")) == "EEXIST"
+        before = daemon.descriptors()
+        for _ in range(20):
+            assert client.error(Tlink(ROOT, 1, b"f")) == "EEXIST"
+        assert daemon.descriptors() == before
+
+
 def test_format(client: Client, top: Path) -> None:
     text = (top / "d" / META / "f").read_bytes()
     assert text == b"virtfs.uid=0\nvirtfs.gid=6\nvirtfs.mode=33184\n"
