@@ -149,6 +149,13 @@ class Pipeline(Turns):
         self._msize = guest.session.msize
         self._rows = ROWS[guest.session.dialect]
 
+    def _serve_batch(self, turn: Turn) -> bool:
+        for entry in self._batch:
+            head, readable, writable, copied, fault, size, number, tag = entry
+            if not self._request(turn, head, readable, writable, copied, fault, size, number, tag):
+                return False
+        return True
+
     def _request(
         self,
         turn: Turn,

@@ -99,19 +99,8 @@ class Turns:
     # What becomes of a request
 
     @abstractmethod
-    def _request(
-        self,
-        turn: Turn,
-        head: int,
-        readable: int,
-        writable: int,
-        copied: int,
-        fault: int,
-        size: int,
-        number: int,
-        tag: int,
-    ) -> bool:
-        """Serve one request; False if the ring was lost over it."""
+    def _serve_batch(self, turn: Turn) -> bool:
+        """Serve what is left of the batch; False if somebody else does that now."""
 
     @abstractmethod
     def _job_under_way(self, head: int) -> Job:
@@ -190,14 +179,6 @@ class Turns:
             rests = not self._touching
         if rests:
             self.on_rest()
-
-    def _serve_batch(self, turn: Turn) -> bool:
-        """Serve what is left of the batch; False if somebody else does that now."""
-        for entry in self._batch:
-            head, readable, writable, copied, fault, size, number, tag = entry
-            if not self._request(turn, head, readable, writable, copied, fault, size, number, tag):
-                return False
-        return True
 
     def _drain(self) -> None:
         """Answer what comes back before the deadline."""
