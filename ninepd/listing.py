@@ -161,15 +161,20 @@ def readdir(
 
 
 def getdents(fd: int, offset: int, size: int = 32768) -> list[tuple[int, bytes]]:
-    """(position behind it, name) of directory entries after position ``offset``."""
+    """(position behind it, name) of directory entries after position ``offset``; none at the end.
+
+    Without those that have no name: see identify() in _listing.c.
+    """
     out = _new("uint8_t[]", size)
-    got = checked(_lib.nd_getdents(fd, offset, out, size))
-    data = bytes(_buffer(out)[0:got])
-    entries = []
-    at = 0
-    while at < got:
-        position = int.from_bytes(data[at + 8 : at + 16], sys.byteorder)
-        length = int.from_bytes(data[at + 16 : at + 18], sys.byteorder)
-        entries.append((position, data[at + 19 : data.index(0, at + 19)]))
-        at += length
+    entries: list[tuple[int, bytes]] = []
+    while not entries and (got := checked(_lib.nd_getdents(fd, offset, out, size))):
+        data = bytes(_buffer(out)[0:got])
+        at = 0
+        while at < got:
+            offset = int.from_bytes(data[at + 8 : at + 16], sys.byteorder)
+            length = int.from_bytes(data[at + 16 : at + 18], sys.byteorder)
+            name = data[at + 19 : data.index(0, at + 19)]
+            if name:
+                entries.append((offset, name))
+            at += length
     return entries

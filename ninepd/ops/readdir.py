@@ -58,8 +58,6 @@ def _readdir_slowly(guest: Guest, fid: Fid, fd: int, offset: int, size: int) -> 
         for position, name in listed:
             itself = name == b".." and fid.handle is tree.root
             offset = position
-            if not name:  # see identify() in _listing.c
-                continue
             try:
                 stat = guest.host.stat_at(fd, b"" if itself else name)
             except OSError:  # gone meanwhile, or not to be looked at

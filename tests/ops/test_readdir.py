@@ -13,6 +13,7 @@ from ninepd.listing import Cookies
 from ninepd.p9.messages import Treaddir, Tunlinkat
 from tests.conftest import OTHER_USER, Mount, StartDaemon
 from tests.support.client import ROOT, Client, Entry, entries
+from tests.support.raw_fuse import RawFuse
 
 MSIZE = 1 << 17
 
@@ -310,6 +311,22 @@ def test_cookies_of_a_directory_that_churns_are_bounded() -> None:
     assert resident() - before < 32 << 20
     with pytest.raises(OSError, match="Invalid"):
         cookies.position(1 << 30)  # the first of all
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("model", ["passthrough", "mapped-file"])
+def test_nameless_entries_are_left_out(start_daemon: StartDaemon, export: Path, model: str) -> None:
+    """The kernel lets a FUSE server's names begin with a NUL, and clients give up a listing."""
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no /dev/fuse")
+    nameless = [b"\0nobody"] * 2000  # more than one getdents64 takes
+    entries = [b".", b"..", *nameless, b"good", *nameless]
+    with RawFuse(export, entries, b"good"):
+        daemon = start_daemon("--security-model", model)
+        with Client(daemon.socket) as client:
+            client.attach()
+            client.open(ROOT, 1)
+            assert [entry.name for entry in client.listing(1)] == [b".", b"..", b"good"]
 
 
 def test_many_cookies_are_handed_over() -> None:
