@@ -103,15 +103,13 @@ def test_slow_disk_holds_up_nothing_else(
         client.attach()
         client.create(ROOT, 1, b"f")
         log = tmp_path / "log"
-        with traced(daemon.pid, log, "-e", "inject=sync_file_range:delay_enter=4s"):
+        with traced(daemon.pid, log, "-e", "inject=sync_file_range:delay_enter=3600s") as tracer:
             late = send(client, Twrite(1, 0, len(DATA)), DATA)
             eventually(lambda: "sync_file_range" in log.read_text(), "the disk is asked")
             quick = send(client, Tgetattr(1, 0x3FFF), tag=7)
             (first,) = client.driver.wait_used(10)
             assert first[0] == quick
             assert isinstance(decode(client.driver.reply(*first))[1], Rgetattr)
-            base = client.front_end.stop()
-            assert "DELAYED" not in log.read_text(), "the disk was waited for"
-            client.start(base)
+            client.start(client.front_end.stop())
+            tracer.close()  # who lets go of those that wait
             assert receive(client, late) == Rwrite(len(DATA))
-            assert "DELAYED" in log.read_text()

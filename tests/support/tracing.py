@@ -33,8 +33,11 @@ class Tracer:
         return [call for call in calls if not call.startswith(("---", "+++", "<..."))]
 
     def close(self) -> None:
+        """Let go of the process, and of calls that it delays."""
         self._strace.kill()
-        self._strace.communicate()
+        self._strace.wait()
+        assert self._strace.stderr is not None
+        self._strace.stderr.close()
 
 
 @contextlib.contextmanager
