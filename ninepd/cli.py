@@ -127,8 +127,8 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--writeout",
             metavar="WHEN",
-            help="immediate: the disk begins with what guests write at once, and the host keeps no "
-            "dirty pages of it; by default the host's kernel chooses when.",
+            help="immediate: the disk begins with what guests write at once, so that few dirty "
+            "pages gather in the host's cache; by default the host's kernel chooses when.",
         ),
         click.option(
             "--multidevs",
