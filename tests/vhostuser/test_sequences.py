@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ninepd.vhostuser.messages import (
@@ -24,6 +24,7 @@ from ninepd.vhostuser.messages import (
     LogArea,
     MemoryRegion,
     Message,
+    ProtocolFeature,
     Request,
     VirtioFeature,
     VringAddr,
@@ -209,7 +210,12 @@ def messages(draw: st.DrawFn) -> Message:
     return Message(Header(request, flags, len(payload)), payload, fds, fault)
 
 
+NO_FEATURES = Message(Header(Request.SET_PROTOCOL_FEATURES, VERSION, 8), bytes(8), (), None)
+LOG_WITHOUT_SHMFD = Message(Header(Request.SET_LOG_BASE, VERSION, 0), b"", (), None)
+
+
 @settings(max_examples=400)
+@example(running=False, script=[(NO_FEATURES, 19), (LOG_WITHOUT_SHMFD, 19)])
 @given(st.booleans(), st.lists(st.tuples(messages(), st.integers(0, 19)), max_size=40))
 def test_whatever_comes_the_session_stays_sound(
     running: bool, script: list[tuple[Message, int]]
@@ -226,7 +232,7 @@ def test_whatever_comes_the_session_stays_sound(
         if step.refusal is not None:
             assert session.state == before
             assert step.effect in (None, RingFault())
-        check_reply(message, step.reply)
+        check_reply(message, step.reply, before.protocol_features)
         check_state(session.state)
         if event == 1:
             session.mark_broken()
@@ -234,9 +240,11 @@ def test_whatever_comes_the_session_stays_sound(
             session.parked_at(0xFFFF)
 
 
-def check_reply(message: Message, reply: bytes | None) -> None:
+def check_reply(message: Message, reply: bytes | None, protocol_features: int) -> None:
     request, flags, _ = message.header
     own_body = request in REQUESTS and REQUESTS[request].refusal is not None
+    if request == Request.SET_LOG_BASE:  # its reply came with LOG_SHMFD (vhost-user.rst)
+        own_body = bool(protocol_features & ProtocolFeature.LOG_SHMFD)
     assert (reply is not None) == bool(own_body or flags & NEED_REPLY)
     if reply is not None:
         assert MESSAGE_HEADER.unpack(reply[:12]) == (request, 5, len(reply) - 12)
