@@ -110,6 +110,7 @@ struct np_vring {
     uint16_t call_index; /* ...and this was the used index then */
     struct idle idle;
     atomic_bool woken, asleep;
+    uint64_t alarm_ns;  /* of CLOCK_MONOTONIC; 0: none */
     struct slot *slots; /* those from `fresh` on were never used */
     uint16_t *resting;  /* a stack of those that were, and are not */
     uint32_t fresh, rested;

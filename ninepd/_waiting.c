@@ -20,6 +20,7 @@
 /* cdef-begin */
 static int np_vring_wait(np_vring *v, uint32_t spin_us_max);
 static void np_vring_wake(np_vring *v);
+static void np_vring_set_alarm(np_vring *v, uint64_t at_ns);
 /* cdef-end */
 
 #define IDLE_KICKS_MAX 64
@@ -70,6 +71,26 @@ static int drain(np_vring *v, const char *what, int fd) {
                   n ? strerror(errno) : "end of file");
 }
 
+/* An alarm that has passed is a wake. */
+static void look_at_alarm(np_vring *v, uint64_t now) {
+    if (v->alarm_ns && now >= v->alarm_ns)
+        atomic_store(&v->woken, true);
+}
+
+/* poll(), but no longer than until the alarm. */
+static int poll_until_alarm(np_vring *v, struct pollfd *fds, nfds_t count, int timeout_ms) {
+    if (!v->alarm_ns)
+        return poll(fds, count, timeout_ms);
+    uint64_t now = now_ns(), left = v->alarm_ns > now ? v->alarm_ns - now : 0;
+    if (timeout_ms >= 0)
+        left = min(left, 1000000ull * (unsigned)timeout_ms);
+    struct timespec timeout = {.tv_sec = (time_t)(left / 1000000000u),
+                               .tv_nsec = (long)(left % 1000000000u)};
+    int result = ppoll(fds, count, &timeout, NULL);
+    look_at_alarm(v, now_ns());
+    return result;
+}
+
 /* One sleep until the kick or the wake descriptor fires; 0, or -1 with the ring broken. */
 static int doze(np_vring *v) {
     struct pollfd fds[2] = {{.fd = v->config.wake, .events = POLLIN},
@@ -77,7 +98,7 @@ static int doze(np_vring *v) {
     /* Without a kick descriptor, or after many kicks for nothing: look every millisecond. */
     bool scan = v->config.kick < 0 || v->idle.kicks > IDLE_KICKS_MAX;
     v->counters->sleeps++;
-    if (poll(fds, scan ? 1 : 2, scan ? 1 : -1) < 0)
+    if (poll_until_alarm(v, fds, scan ? 1 : 2, scan ? 1 : -1) < 0)
         return errno == EINTR ? 0 : broken(&v->chains, "poll: %s", strerror(errno));
     if (fds[0].revents) {
         atomic_store(&v->woken, true);
@@ -128,6 +149,7 @@ static int idle(np_vring *v, uint64_t max_ns) {
         uint64_t before = now_ns();
         sched_yield(); /* who waits for this CPU may be the guest itself */
         now = now_ns();
+        look_at_alarm(v, now);
         yielded |= now - before > YIELDED_NS;
         if (yielded && v->idle.crowded >= CROWDED_MAX) {
             if (confined())
@@ -177,3 +199,6 @@ static void np_vring_wake(np_vring *v) {
     if (atomic_load(&v->asleep))
         np_signal(v->config.wake);
 }
+
+/* For the thread that waits. */
+static void np_vring_set_alarm(np_vring *v, uint64_t at_ns) { v->alarm_ns = at_ns; }

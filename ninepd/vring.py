@@ -77,6 +77,7 @@ class _Lib(Protocol):
     ) -> None: ...
     def np_vring_wait(self, ring: "Ring", spin_us_max: int, /) -> int: ...
     def np_vring_wake(self, ring: "Ring", /) -> None: ...
+    def np_vring_set_alarm(self, ring: "Ring", at_ns: int, /) -> None: ...
     def np_vring_push(self, ring: "Ring", count: int, /) -> int: ...
     def np_vring_copy(
         self, ring: "Ring", stream: int, slot: int, skip: int, data: "CData", size: int, /
@@ -374,6 +375,13 @@ class Vring:
     def wake(self) -> None:
         """Make ``wait`` return soon; cheap while the device thread is awake."""
         _lib.np_vring_wake(self._ring)
+
+    def set_alarm(self, at_ns: int) -> None:
+        """Wake whoever waits, or is about to, at this time of CLOCK_MONOTONIC; 0: never.
+
+        For the device thread. It stays set: one that has passed wakes again and again.
+        """
+        _lib.np_vring_set_alarm(self._ring, at_ns)
 
     def push(self, replies: list[i64]) -> None:
         """Return requests, each of which ``done_entry`` describes, with at most one notification.

@@ -314,3 +314,28 @@ def test_no_kick_descriptor_means_looking(rig: Rig) -> None:
     timer.start()
     assert ring.wait(0) == 1
     timer.join()
+
+
+# ---- alarms ----
+
+
+@pytest.mark.parametrize("spin_us", [0, 10_000])
+@pytest.mark.parametrize("event_idx", [True, False])
+def test_alarm_ends_the_wait(event_idx: bool, spin_us: int) -> None:
+    """Not before its time, and with a kick or a wake still good for the same."""
+    with closing(Rig(event_idx=event_idx)) as rig:
+        at = time.monotonic_ns() + 5_000_000
+        rig.ring.set_alarm(at)
+        assert rig.take(spin_us) == []
+        assert time.monotonic_ns() >= at
+        assert rig.take(spin_us) == []  # it stays set
+        rig.ring.set_alarm(time.monotonic_ns() + 3600 * 10**9)
+        timer = threading.Timer(0.05, lambda: (rig.driver.submit([message()]), rig.driver.kick()))
+        timer.start()
+        assert len(rig.take(spin_us)) == 1
+        timer.join()
+        rig.ring.set_alarm(0)
+        timer = threading.Timer(0.05, rig.ring.wake)
+        timer.start()
+        assert rig.take(spin_us) == []
+        timer.join()
