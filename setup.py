@@ -23,6 +23,7 @@ HOT = [
     "ninepd/payload.py",
     "ninepd/pipeline.py",
     "ninepd/syscalls.py",
+    "ninepd/throttled.py",
     "ninepd/tuples.py",
     "ninepd/turns.py",
     "ninepd/vring.py",

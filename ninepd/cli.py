@@ -78,6 +78,36 @@ def cli() -> None:
     """Serve host directories to virtual machines as 9P2000.L over vhost-user."""
 
 
+def _throttle_options() -> list[Callable[..., Any]]:
+    options = []
+    for unit, what in (("bps", "bytes"), ("iops", "operations")):
+        for direction, verb in (("total", "read and write"), ("read", "read"), ("write", "write")):
+            name = f"--throttle-{unit}-{direction}"
+            for suffix, metavar, default, text in (
+                ("", "N", 0, f"Let guests {verb} files by N {what} a second at most; 0: any."),
+                ("-max", "N", 0, "The same in a burst."),
+                ("-max-length", "SECONDS", 1, "How long such a burst may be."),
+            ):
+                option = click.option(
+                    name + suffix,
+                    type=int,
+                    metavar=metavar,
+                    default=default,
+                    show_default=True,
+                    help=text,
+                )
+                options.append(option)
+    option = click.option(
+        "--throttle-iops-size",
+        type=int,
+        metavar="BYTES",
+        default=0,
+        show_default=True,
+        help="Count a larger operation as several; 0: as one.",
+    )
+    return [*options, option]
+
+
 def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--socket-path", metavar="PATH", help="Listen on this unix socket."),
@@ -181,6 +211,7 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Wait at most N microseconds actively for the next request, then sleep.",
         ),
+        *_throttle_options(),
     ]
     for option in reversed(options):
         command = option(command)

@@ -14,6 +14,7 @@ from typing import Any, Final
 from ninepd.errors import UsageError
 from ninepd.p9.limits import MIN_MSIZE
 from ninepd.syscalls import NO_ID
+from ninepd.throttle import Rates
 
 TAG_MAX: Final = 254
 """QEMU's config space has at most 256 bytes, two of them for the tag's length."""
@@ -55,7 +56,7 @@ class Writeout(StrEnum):
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Rates):
     """One directory, offered under one tag on one vhost-user socket."""
 
     export: str
@@ -91,6 +92,7 @@ class Export:
             _check_choice("writeout", self.writeout, Writeout)
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
+        self.check_rates()
         if self.msize_max < MIN_MSIZE:
             raise UsageError(f"--msize-max: {self.msize_max} is below {MIN_MSIZE}, the least")
         if not 0 <= self.poll_us <= 10_000:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -28,6 +29,7 @@ from ninepd.exposure import refuse_unsafe
 from ninepd.listener import Listener
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
+from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +145,9 @@ class ExportServer:
         self._finished = finished
         self._once = once
         self._tree = offer.open_tree()
+        export = offer.export
+        # One guest cannot get around it by another, nor by coming again.
+        self._throttle = Throttle(export, time.monotonic_ns()) if export.limited else None
         self._connection: Connection | None = None
         self._closing: list[asyncio.Future[None]] = []
         """Of connections that have ended, or are about to."""
@@ -219,7 +224,7 @@ class ExportServer:
             return
         log.info("%s: front end connected (%s)", self._tag, _peer(connected))
         export = self._offer.export
-        service = Service(self._tree, export.msize_max, export.tag)
+        service = Service(self._tree, export.msize_max, export.tag, self._throttle)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
 
     def _connection_left(self) -> None:

@@ -23,6 +23,7 @@ from ninepd.errors import Refused, RingBroken
 from ninepd.ops.guest import Service
 from ninepd.ops.table import HEADER_LIMITS
 from ninepd.pipeline import Pipeline
+from ninepd.throttled import ThrottledPipeline
 from ninepd.vhostuser.messages import MemoryRegion, Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
     AddRegion,
@@ -226,7 +227,8 @@ class Device:
             header_limits=HEADER_LIMITS,
             watch=watch,
         )
-        pipeline = Pipeline(
+        kind = Pipeline if self._service.throttle is None else ThrottledPipeline
+        pipeline = kind(
             self._service,
             vring,
             watch,

@@ -150,6 +150,8 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--socket-mode", "1777", "no octal number"),
         ("--fd", "3", "--fd"),
         ("--fd", "x", "--fd"),
+        ("--throttle-bps-total", "1k", "integer"),
+        ("--throttle-iops-size", "4096", "operations"),
         ("--config", "/nowhere/config.toml", "--config"),
         ("--colour", "red", "--colour"),
     ],

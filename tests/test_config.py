@@ -30,6 +30,17 @@ def test_minimal_file(tmp_path: Path, export: Path, good: str) -> None:
     assert loaded == Export(str(export), "one", f"{export}.sock")
 
 
+THROTTLE = {
+    **{
+        f"throttle-{unit}-{direction}{part}": str(value)
+        for unit in ("bps", "iops")
+        for direction, values in (("total", (0, 0, 1)), ("read", (5, 5, 1)), ("write", (7, 70, 3)))
+        for part, value in zip(("", "-max", "-max-length"), values, strict=True)
+    },
+    "throttle-iops-size": "4096",
+}
+
+
 def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: str) -> None:
     """By the same name as on the command line, with dashes."""
     more = {
@@ -48,6 +59,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "allow-unsafe-export": "true",
         "msize-max": "8192",
         "poll-us": "0",
+        **THROTTLE,
     }
     text = good + "".join(f"{key} = {value}\n" for key, value in more.items())
     (loaded,) = load(write(tmp_path, text))
@@ -64,6 +76,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert loaded.writeout == "immediate"
+    assert loaded.rate("iops", "write") == (7, 70, 3)
+    assert loaded.throttle_iops_size == 4096
     assert loaded.allow_kernel_filesystems
     assert not loaded.trusted_xattrs
     text = f'{good}security-model = "passthrough"\ntrusted-xattrs = true\n'
@@ -98,6 +112,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ('socket-group = "no such"', "line 5 (export 1): --socket-group: this host has no group"),
         ("fd = 5", "one of --socket-path and --fd"),
         ('fd = "5"', "fd must be a whole number"),
+        ("throttle-bps-total = 1.5", "throttle-bps-total must be a whole number"),
+        ("throttle-bps-total = 1\nthrottle-bps-read = 1", "line 6 (export 1): --throttle-bps-read"),
         ("tag = [", "not valid TOML"),
         ('tag = "again"', "not valid TOML"),
     ],

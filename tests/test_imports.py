@@ -25,6 +25,7 @@ LAYERS: Final = (
     {"daemon"},
     {"connection", "exposure", "listener", "systemd"},
     {"control", "device", "frontend"},
+    {"throttled"},
     {"pipeline"},
     {"turns"},
     {"answers", "framing", "jobs"},
@@ -35,7 +36,7 @@ LAYERS: Final = (
     {"vhostuser", "p9", "listing", "owners"},
     {"logs"},
     {"foreign"},
-    {"vring", "syscalls", "stats", "capabilities", "process", "mounts"},
+    {"vring", "syscalls", "stats", "capabilities", "process", "mounts", "throttle"},
     {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

@@ -23,6 +23,7 @@ from ninepd.ops.locks import LockTable
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
 from ninepd.statelock import GUEST, state_lock
+from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,11 @@ class Guest:
 class Service:
     """An export, and whatever session a guest has with it now."""
 
-    def __init__(self, tree: Tree, msize_max: int, tag: str) -> None:
+    def __init__(
+        self, tree: Tree, msize_max: int, tag: str, throttle: Throttle | None = None
+    ) -> None:
+        self.throttle: Final = throttle
+        """How fast guests may read and write, if that is limited."""
         self._tree = tree
         self._tag = tag
         self._msize_max = msize_max
