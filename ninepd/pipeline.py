@@ -376,10 +376,16 @@ def _listed(fid: Fid | None, other: Fid | None) -> list[Fid]:
 
 
 def _locks(message: Any, fids: list[Fid]) -> Handle | None:
-    """The inode whose locks it works on, which it must have to itself (ops/locks.py)."""
+    """The inode whose locks it works on, which it must have to itself (ops/locks.py).
+
+    A clunk gives up those of its fid, also those that a request which is out will have taken.
+    """
     kind = type(message)
-    locks = kind in _LOCKS or (kind in _CLUNKS and fids[0].locks)
-    return fids[0].handle if locks else None
+    if kind in _LOCKS:
+        return fids[0].handle
+    if kind in _CLUNKS and (fids[0].locks or fids[0].users):
+        return fids[0].handle
+    return None
 
 
 def _first(before: Callable[[], None], reply: Reply) -> Reply:

@@ -42,6 +42,27 @@ def test_others_lock_and_close(fuse: Fuse, client: Client) -> None:
     assert receive(client, head) == Rlock(SUCCESS)
 
 
+def test_a_clunk_behind_a_lock_waits_for_the_inode(
+    fuse: Fuse, client: Client, export: Path
+) -> None:
+    """When it comes its fid has no lock yet. When it may start, it has one to give up."""
+    for fid in (1, 2):
+        client.open(ROOT, fid, b"m", b"slow", flags=os.O_RDWR)
+    fuse.hold("open", "/slow")
+    reading = send(client, Tlock(2, READ, 0, 100, 1, 8, b"guest"), tag=1)
+    fuse.wait_held("open", "/slow")
+    writing = send(client, Tlock(1, WRITE, 0, 0, 10, 7, b"guest"), tag=2)
+    clunk = send(client, Tclunk(2), tag=3)
+    client.getattr(ROOT)  # all were taken
+    fuse.hold("open", "/slow")  # the first goes on
+    assert receive(client, reading) == Rlock(SUCCESS)
+    fuse.wait_held("open", "/slow")
+    fuse.release()
+    assert receive(client, writing) == Rlock(SUCCESS)
+    assert receive(client, clunk) == Rclunk()
+    assert host_may(export / "m" / "slow", fcntl.F_WRLCK, 100, 1)
+
+
 def test_the_front_end_leaves(fuse: Fuse, daemon: Daemon, export: Path) -> None:
     """All other locks go with it at once, and what hangs leaves nothing behind."""
     before = daemon.idle_descriptors()

@@ -4,7 +4,8 @@
 maps paths to ``{"ino": N, "text": "..."}`` (text is null for a directory). It listens on standard
 input:
 
-    hold OP PATH         calls of OP on PATH wait from now on, until "release"
+    hold OP PATH         calls of OP on PATH wait from now on, until "release"; those that wait
+                         already go on
     fail OP PATH ERRNO   ... fail from now on; ERRNO 0: no longer
     release              all go on, and no more wait
     dirents PATH JSON    what a listing of PATH holds, true or not: [[name, mode, inode], ...]
@@ -75,7 +76,11 @@ class Troubled(mfusepy.Operations):  # type: ignore[misc]
         for line in sys.stdin:
             match line.split(maxsplit=3 if line.startswith("fail") else 2):
                 case "hold", op, path:
-                    self._holds[op, path.rstrip()] = threading.Event()
+                    key = op, path.rstrip()
+                    before = self._holds.get(key)
+                    self._holds[key] = threading.Event()
+                    if before is not None:
+                        before.set()
                 case "fail", op, path, code:
                     self._errors[op, path] = int(code)
                 case ("release",):
