@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ os.environ["NINEPD_CHECKS"] = "1"  # read when ninepd is imported, and inherited
 from tests.support.client import Client, Daemon
 
 StartDaemon = Callable[..., Daemon]
+THREATS: dict[str, dict[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("threats.toml").read_text()
+)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """``-k t_slash`` and ``-k CVE-2016-7116`` find the tests that are about these."""
+    for mark in item.iter_markers("threat"):
+        item.extra_keyword_matches.update(mark.args)
+        for vulnerability, threats in THREATS["known"].items():
+            if not set(threats).isdisjoint(mark.args):
+                item.extra_keyword_matches.add(vulnerability)
 
 
 @pytest.fixture

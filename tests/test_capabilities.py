@@ -54,6 +54,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], set[int]]] = {
 }
 
 
+@pytest.mark.threat("t_caps")
 @pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("how", OPTIONS)
 def test_of_root(start_daemon: StartDaemon, how: str) -> None:
@@ -65,6 +66,7 @@ def test_of_root(start_daemon: StartDaemon, how: str) -> None:
         check(daemon.pid, expected)
 
 
+@pytest.mark.threat("t_caps")
 def test_of_an_ordinary_user(
     start_daemon: StartDaemon, export: Path, other_user: tuple[str, ...]
 ) -> None:
@@ -79,6 +81,7 @@ def test_of_an_ordinary_user(
             assert found["NoNewPrivs"] == "1"
 
 
+@pytest.mark.threat("t_caps")
 @pytest.mark.usefixtures("as_root")
 def test_of_root_with_two_exports(start_daemon: StartDaemon, export: Path, tmp_path: Path) -> None:
     """Each process for itself, and one that was started again as well."""

@@ -227,6 +227,7 @@ OPEN_TO_ALL = ("--socket-mode", "0666", "--allow-unsafe-export")
 """For the other user, who may enter the folders of the test."""
 
 
+@pytest.mark.threat("t_peer")
 def test_users_that_are_not_allowed(start_daemon: StartDaemon, other_user: tuple[str, ...]) -> None:
     """One line for each; those that are allowed feel nothing of it."""
     uid = os.geteuid()
@@ -287,6 +288,7 @@ def test_user_at_a_listening_descriptor(
     assert ask(path)[1] > 0
 
 
+@pytest.mark.threat("t_peer")
 @pytest.mark.parametrize("allowed", [False, True])
 def test_user_of_a_connected_descriptor(launch: Launch, export: Path, allowed: bool) -> None:
     """Whoever made the pair. There is nobody else to wait for: the daemon ends."""

@@ -53,6 +53,7 @@ def is_refused(path: Path | str, **options: Any) -> bool:
     return False
 
 
+@pytest.mark.threat("t_unsafe_export")
 @pytest.mark.parametrize("model", ["passthrough", "none"])
 def test_daemon_that_is_refused(tmp_path: Path, public: Path, model: str) -> None:
     """One line that says what to do, and no socket."""

@@ -265,6 +265,7 @@ wires = st.lists(
 )
 
 
+@pytest.mark.threat("t_vhost_fuzz")
 @settings(max_examples=200, deadline=None)
 @given(wires)
 def test_whatever_arrives_nothing_leaks(script: list[tuple[bytes, int]]) -> None:
@@ -391,6 +392,7 @@ def test_a_region_that_cannot_be_mapped_is_refused() -> None:
         assert front.start([region], ring) == 0
 
 
+@pytest.mark.threat("t_vhost_fuzz")
 def test_hostile_messages_do_not_end_the_conversation() -> None:
     with served() as (front, back), guest() as (region, ring), files(4) as fds:
         front.connect()

@@ -50,6 +50,7 @@ def guest(daemon: Daemon) -> Iterator[Client]:
 # Bad requests
 
 
+@pytest.mark.threat("t_short_header")
 @pytest.mark.parametrize("size", range(7))
 def test_request_shorter_than_a_header(guest: Client, size: int) -> None:
     """There is nothing to answer: it comes back empty, and the ring goes on."""
@@ -60,6 +61,7 @@ def test_request_shorter_than_a_header(guest: Client, size: int) -> None:
     guest.getattr(ROOT)
 
 
+@pytest.mark.threat("t_reply_small")
 @pytest.mark.parametrize("room", range(11))
 def test_no_room_for_any_reply(guest: Client, export: Path, room: int) -> None:
     head = guest.submit(encode(1, Tmkdir(ROOT, b"d", 0o755, 0)), room=[room] if room else [])
@@ -68,6 +70,7 @@ def test_no_room_for_any_reply(guest: Client, export: Path, room: int) -> None:
     assert os.listdir(export) == []
 
 
+@pytest.mark.threat("t_reply_fit")
 @pytest.mark.parametrize("room", [11, 19])
 def test_reply_that_does_not_fit(guest: Client, export: Path, room: int) -> None:
     """Rmkdir has 20 bytes: with less room the directory is not made."""
@@ -76,6 +79,7 @@ def test_reply_that_does_not_fit(guest: Client, export: Path, room: int) -> None
     assert guest.error(Tmkdir(ROOT, b"d", 0o755, 0), room=20) == ""
 
 
+@pytest.mark.threat("t_reply_fit")
 def test_walk_reply_that_does_not_fit(guest: Client, export: Path) -> None:
     (export / "d").mkdir()
     assert guest.error(Twalk(ROOT, 1, (b"d", b"..")), room=9 + 25) == "EMSGSIZE"
@@ -83,6 +87,7 @@ def test_walk_reply_that_does_not_fit(guest: Client, export: Path) -> None:
     assert guest.error(Twalk(ROOT, 1, (b"d", b"..")), room=9 + 26) == ""
 
 
+@pytest.mark.threat("t_size_lie")
 @pytest.mark.parametrize("size", [0, 6, 20, 4096, 0xFFFFFFFF])
 def test_size_field_that_lies(guest: Client, size: int) -> None:
     """Tgetattr has 19 bytes; a smaller size field is caught by the codec."""
@@ -91,6 +96,7 @@ def test_size_field_that_lies(guest: Client, size: int) -> None:
     guest.getattr(ROOT)
 
 
+@pytest.mark.threat("t_size_lie")
 @pytest.mark.parametrize("size", range(7, 19))
 def test_size_field_that_cuts_the_message_short(guest: Client, size: int) -> None:
     raw = size.to_bytes(4, "little") + encode(5, Tgetattr(ROOT, 0))[4:]
@@ -104,6 +110,7 @@ def test_trailing_bytes_are_ignored(guest: Client) -> None:
     assert len(guest.exchange(raw)) == 160
 
 
+@pytest.mark.threat("t_string")
 @pytest.mark.parametrize("length", [5, 100, 0xFFFF])
 def test_string_past_the_end(guest: Client, export: Path, length: int) -> None:
     body = (ROOT).to_bytes(4, "little") + length.to_bytes(2, "little") + b"name"
@@ -112,6 +119,7 @@ def test_string_past_the_end(guest: Client, export: Path, length: int) -> None:
     assert os.listdir(export) == []
 
 
+@pytest.mark.threat("t_string")
 def test_string_past_the_end_into_the_next_request(guest: Client, export: Path) -> None:
     """What another request left in memory is no part of this one."""
     guest.rpc(Tgetattr(ROOT, 0))
@@ -121,12 +129,14 @@ def test_string_past_the_end_into_the_next_request(guest: Client, export: Path) 
     assert os.listdir(export) == []
 
 
+@pytest.mark.threat("t_nwname")
 def test_seventeen_names(guest: Client) -> None:
     body = bytes(4) + (1).to_bytes(4, "little") + (17).to_bytes(2, "little") + b"\x01\0." * 17
     raw = HEADER.pack(7 + len(body), NUMBERS[Twalk], 5) + body
     assert decode(guest.exchange(raw)) == (5, Rlerror(errno.EINVAL))
 
 
+@pytest.mark.threat("t_size_lie")
 def test_message_larger_than_anything(guest: Client) -> None:
     raw = HEADER.pack(1 << 20, NUMBERS[Tmkdir], 5) + bytes((1 << 20) - 7)
     _, reply = decode(guest.exchange(raw))
@@ -134,6 +144,8 @@ def test_message_larger_than_anything(guest: Client) -> None:
     guest.getattr(ROOT)
 
 
+# No quarantine: the ring itself is sound, and only this request is refused.
+@pytest.mark.threat("t_desc_oob")
 def test_payload_buffer_outside_memory(guest: Client, export: Path) -> None:
     """The chain itself is sound, so only this request fails."""
     (export / "f").write_bytes(b"x" * 8192)
@@ -157,6 +169,7 @@ def test_payload_buffer_outside_memory(guest: Client, export: Path) -> None:
     guest.getattr(ROOT)
 
 
+@pytest.mark.threat("t_desc_oob")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_lengths_that_overflow(guest: Client, count: int) -> None:
     """Sums beyond 32 bits, of buffers that reach far out of memory: back, and nothing else."""
@@ -285,6 +298,7 @@ def fired(eventfd: int, timeout: float = 60) -> bool:
     return bool(select.select([eventfd], [], [], timeout)[0])
 
 
+@pytest.mark.threat("t_desc_loop", "t_indirect", "t_avail_jump")
 @pytest.mark.parametrize("breakage", BREAKS, ids=lambda breakage: breakage.__name__)
 def test_bad_ring_stops_the_device_until_it_is_reset(
     start_daemon: StartDaemon, breakage: Break
@@ -319,6 +333,7 @@ def test_bad_ring_stops_the_device_until_it_is_reset(
     assert daemon.log.strip() == lines[0]
 
 
+@pytest.mark.threat("t_desc_oob")
 def test_first_buffer_outside_memory(guest: Client, daemon: Daemon) -> None:
     """Without a header nobody knows the tag: dropped, or the ring stops; never a fault."""
     header_outside_memory(guest.driver)
@@ -344,6 +359,7 @@ def test_broken_ring_leaves_the_next_front_end_alone(daemon: Daemon) -> None:
     eventually(lambda: daemon.idle_descriptors() == idle, "all descriptors come back")
 
 
+@pytest.mark.threat("t_double_fetch")
 def test_guest_that_rewrites_a_request_while_it_is_served(guest: Client, export: Path) -> None:
     """Each answer fits one consistent copy of the request: made as "aaaa" or "bbbb", or refused."""
     driver = guest.driver
@@ -373,6 +389,7 @@ def test_guest_that_rewrites_a_request_while_it_is_served(guest: Client, export:
     assert export.parent.joinpath("bbbb").exists() is False
 
 
+@pytest.mark.threat("t_ram_truncate")
 def test_file_of_guest_memory_is_cut(start_daemon: StartDaemon) -> None:
     """SIGBUS is what a careless back end gets; here at most that device stops."""
     daemon = start_daemon()
@@ -429,6 +446,7 @@ def test_lost_framing_closes_this_connection_only(daemon: Daemon) -> None:
     assert daemon.log.count("disconnected") == 1
 
 
+@pytest.mark.threat("t_peer")
 def test_second_front_end_is_refused(daemon: Daemon) -> None:
     with Client(daemon.socket) as client:
         client.attach()
@@ -458,6 +476,7 @@ def test_front_end_that_leaves_in_the_middle_of_a_message(daemon: Daemon) -> Non
 # Nothing leaks
 
 
+@pytest.mark.threat("t_leak")
 def test_front_end_leaves_with_everything_open(daemon: Daemon, export: Path) -> None:
     idle = daemon.idle_descriptors()
     with Client(daemon.socket) as client:
@@ -469,6 +488,7 @@ def test_front_end_leaves_with_everything_open(daemon: Daemon, export: Path) -> 
     eventually(lambda: daemon.idle_descriptors() == idle, "all descriptors come back")
 
 
+@pytest.mark.threat("t_leak")
 def test_reconnecting_for_ever(daemon: Daemon) -> None:
     idle = daemon.idle_descriptors()
     for _ in range(30):
@@ -478,6 +498,7 @@ def test_reconnecting_for_ever(daemon: Daemon) -> None:
     eventually(lambda: daemon.idle_descriptors() == idle, "all descriptors come back")
 
 
+@pytest.mark.threat("t_leak")
 def test_errors_leak_nothing(daemon: Daemon, guest: Client, export: Path) -> None:
     (export / "f").write_text("")
     os.mkfifo(export / "fifo")
@@ -502,6 +523,7 @@ def test_errors_leak_nothing(daemon: Daemon, guest: Client, export: Path) -> Non
     assert daemon.descriptors() == before
 
 
+@pytest.mark.threat("t_log")
 def test_log_of_a_flood_is_bounded(start_daemon: StartDaemon, export: Path) -> None:
     """What a guest does wrong is told to the guest, not to the host's disk."""
     daemon = start_daemon()
@@ -514,6 +536,7 @@ def test_log_of_a_flood_is_bounded(start_daemon: StartDaemon, export: Path) -> N
     assert daemon.log == ""
 
 
+@pytest.mark.threat("t_log")
 def test_names_in_the_trace_are_escaped(start_daemon: StartDaemon) -> None:
     daemon = start_daemon("--trace")
     with Client(daemon.socket) as client:

@@ -3,6 +3,8 @@
 import errno
 from pathlib import Path
 
+import pytest
+
 from ninepd.p9.messages import (
     NOFID,
     NOTAG,
@@ -170,6 +172,7 @@ def test_letting_go_of_a_lock_fails_behind_a_session(
 # Tflush
 
 
+@pytest.mark.threat("t_flush", "t_version_mid")
 def test_flush_of_a_version_that_waits(fuse: Fuse, client: Client) -> None:
     read = hang(client, fuse)
     version = send(client, Tversion(MSIZE, b"9P2000.L"), tag=NOTAG)
@@ -182,6 +185,7 @@ def test_flush_of_a_version_that_waits(fuse: Fuse, client: Client) -> None:
     assert [type(reply) for reply in replies] == [Rread, Rversion, Rflush]
 
 
+@pytest.mark.threat("t_flush")
 def test_flush_of_a_flush_that_waits(fuse: Fuse, client: Client) -> None:
     read = hang(client, fuse)
     flushes = [send(client, Tflush(TAG + number), tag=TAG + number + 1) for number in range(3)]

@@ -82,6 +82,7 @@ def full(
     return path
 
 
+@pytest.mark.threat("t_errno")
 def test_full_device(full: Path, client: Client) -> None:
     """What fits is written, the rest is refused, and after a removal there is room again."""
     end = client.getattr(2).size
@@ -190,6 +191,7 @@ def quota(client: Client, export: Path, mount: Mount, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.threat("t_errno")
 def test_quota_of_blocks(quota: Path, client: Client) -> None:
     client.create(1, 2, b"f", gid=1000)
     written = 0
@@ -278,6 +280,7 @@ def picture(folder: Path) -> list[tuple[object, ...]]:
     return found
 
 
+@pytest.mark.threat("t_readonly")
 def test_every_change_is_refused(readonly: Client, export: Path) -> None:
     before = picture(export / "m")
     refused = {what: readonly.error(message) for what, message in WRITES.items()}
@@ -289,6 +292,7 @@ def test_every_change_is_refused(readonly: Client, export: Path) -> None:
     assert picture(export / "m") == before
 
 
+@pytest.mark.threat("t_readonly")
 def test_reading_leaves_no_trace(readonly: Client, export: Path) -> None:
     """Not even in the access time."""
     before = picture(export / "m")
@@ -302,6 +306,7 @@ def test_reading_leaves_no_trace(readonly: Client, export: Path) -> None:
     assert picture(export / "m") == before
 
 
+@pytest.mark.threat("t_readonly")
 def test_trunc_without_writing(readonly: Client, export: Path) -> None:
     """O_RDONLY|O_TRUNC truncates on Linux, so it is a change."""
     assert readonly.error(Tlopen(2, TRUNC)) == "EROFS"
@@ -314,6 +319,7 @@ UNTOUCHED = LegacyStat(
 )  # fmt: skip
 
 
+@pytest.mark.threat("t_readonly")
 @pytest.mark.parametrize("dialect", [b"9P2000.u", b"9P2000"])
 def test_every_change_of_old_clients_is_refused(
     readonly: Client, export: Path, dialect: bytes
@@ -445,6 +451,8 @@ def fill_up(client: Client, export: Path) -> list[int]:
     return opened
 
 
+# EMFILE rather than ENFILE: it is the limit of this process, not of the host.
+@pytest.mark.threat("t_open_flood")
 def test_no_descriptor_left(limited: Callable[..., Client], export: Path) -> None:
     """EMFILE for opens, while everything that is held goes on; clunks make room."""
     client = limited("--nofile=256", options=["--reclaim", "names"])
@@ -469,6 +477,8 @@ def test_emfile_is_not_told_too_early(limited: Callable[..., Client], export: Pa
 # Names and trees
 
 
+# 100,000 rather than a million: what memory they take would show with these.
+@pytest.mark.threat("t_readdir_big")
 def test_a_hundred_thousand_entries(client: Client, daemon: Daemon, export: Path) -> None:
     """Each comes once, with small cookies, and the daemon does not grow with it."""
     count = 100_000
@@ -491,6 +501,7 @@ def test_a_hundred_thousand_entries(client: Client, daemon: Daemon, export: Path
     assert int(fields[0]) < 150_000  # KiB
 
 
+@pytest.mark.threat("t_long")
 @pytest.mark.parametrize("kind", ["ascii", "bytes", "utf-8"])
 def test_names_of_255_bytes(client: Client, export: Path, kind: str) -> None:
     """In every operation that takes a name; one byte more is too long in all of them."""
@@ -524,6 +535,7 @@ def test_names_of_255_bytes(client: Client, export: Path, kind: str) -> None:
         assert client.error(message) == "ENAMETOOLONG", message
 
 
+@pytest.mark.threat("t_deep")
 @pytest.mark.parametrize("how", ["names", "handles"])
 def test_a_path_far_longer_than_path_max(
     start_daemon: StartDaemon, export: Path, how: str, as_root: None

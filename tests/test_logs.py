@@ -31,6 +31,7 @@ def record(message: str, *args: object, level: int = logging.WARNING) -> logging
     return logging.LogRecord("test", level, __file__, 1, message, args, None)
 
 
+@pytest.mark.threat("t_log")
 def test_lines_of_a_kind_are_limited(capfd: Capture) -> None:
     handler = LineHandler()
     for number in range(BURST + 500):
@@ -72,6 +73,7 @@ def test_record_that_cannot_be_written(capfd: Capture) -> None:
     os.close(null)
 
 
+@pytest.mark.threat("t_log")
 def test_refused_control_messages_are_limited(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     front_end = FakeFrontEnd(daemon.socket)

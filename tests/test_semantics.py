@@ -222,6 +222,7 @@ LEASED: dict[str, Any] = {
 }
 
 
+@pytest.mark.threat("t_lease")
 @pytest.mark.parametrize("what", LEASED)
 def test_a_lease_delays_nobody_else(client: Client, holder: Holder, what: str) -> None:
     """Who opens the file waits until the holder gives it up, as on the host; all others go on."""
@@ -418,6 +419,7 @@ DEFAULTS = {
 MODES = (0o000, 0o400, 0o600, 0o640, 0o644, 0o666, 0o700, 0o755, 0o777, 0o4755, 0o2770)
 
 
+@pytest.mark.threat("t_acl_default")
 @pytest.mark.parametrize("above", DEFAULTS)
 def test_default_acl(client: Client, export: Path, as_root: None, above: str) -> None:
     for side in ("guest", "host"):

@@ -185,6 +185,7 @@ def stall(client: Client, daemon: Daemon, message: Any, data: bytes = b"") -> in
     return head
 
 
+@pytest.mark.threat("t_reset_inflight")
 def test_pause_waits_for_a_write(client: Client, daemon: Daemon, folder: Path) -> None:
     """Its data lies in guest memory until it has ended. Then the guest goes on."""
     with frozen(folder):
@@ -197,6 +198,8 @@ def test_pause_waits_for_a_write(client: Client, daemon: Daemon, folder: Path) -
     client.create(ROOT, 6, b"h")
 
 
+# What touches no guest memory need not be drained: it stays out, and is answered later.
+@pytest.mark.threat("t_reset_inflight")
 def test_pause_does_not_wait_for_what_needs_no_guest_memory(
     client: Client, daemon: Daemon, folder: Path
 ) -> None:
@@ -222,6 +225,7 @@ def test_reset_while_a_request_is_out(client: Client, daemon: Daemon, folder: Pa
     client.create(ROOT, 3, b"h")
 
 
+@pytest.mark.threat("t_reset_inflight")
 def test_reset_while_a_write_is_out(client: Client, daemon: Daemon, folder: Path) -> None:
     """It takes until the thaw; nothing is given up."""
     before = daemon.descriptors()

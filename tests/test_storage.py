@@ -85,6 +85,7 @@ def two_exports(
         yield one, two
 
 
+@pytest.mark.threat("t_slow_fs")
 def test_everything_else_goes_on(fuse: Fuse, two_exports: tuple[Client, Client]) -> None:
     one, two = two_exports
     head = hang(one, fuse)
@@ -224,6 +225,7 @@ def test_clunk_of_a_fid_that_hangs(fuse: Fuse, client: Client, daemon: Daemon) -
 # Tflush, the ring and the end while something hangs
 
 
+@pytest.mark.threat("t_slow_fs", "t_flush")
 def test_flush_is_answered_behind_what_it_flushes(fuse: Fuse, client: Client) -> None:
     head = hang(client, fuse)
     flushes = [send(client, Tflush(TAG), tag=TAG + number) for number in (1, 2)]
@@ -386,6 +388,7 @@ FAILURES: dict[str, tuple[str, str, Any, bytes]] = {
 }
 
 
+@pytest.mark.threat("t_errno")
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("what", FAILURES)
 def test_errors_come_as_they_are(
@@ -539,6 +542,7 @@ def test_export_with_high_inode_numbers(
 # Listings that lie
 
 
+@pytest.mark.threat("t_bad_dirent")
 def test_hostile_listing(fuse: Fuse, client: Client) -> None:
     """Types and numbers come from the files themselves; what no walk finds is not listed."""
     regular, link = stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777
@@ -566,6 +570,8 @@ def test_hostile_listing(fuse: Fuse, client: Client) -> None:
         client.clunk(2)
 
 
+# The kernel refuses the whole listing: EIO is its word.
+@pytest.mark.threat("t_bad_dirent")
 def test_listing_of_names_that_are_paths(fuse: Fuse, client: Client) -> None:
     """The kernel refuses such an answer, and so do we."""
     fuse.dirents("/dir", [("../slow", stat.S_IFREG, 11), ("file", stat.S_IFREG, 14)])

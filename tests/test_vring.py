@@ -163,6 +163,7 @@ def test_header_is_reported_as_it_came(rig: Rig) -> None:
     assert rig.take_whole() == [(head, 6, 11, 6, errno.EBADMSG, 0, 0, 0)]
 
 
+@pytest.mark.threat("t_desc_oob")
 def test_holes_end_a_stream_and_are_reported(rig: Rig) -> None:
     d = rig.driver
     good, end = d.allocate(4096), d.gpa(d.size - 1) + 1
@@ -253,6 +254,7 @@ def test_long_tables_on_a_short_ring() -> None:
 # ---- rings that cannot be served (reaction B) ----
 
 
+@pytest.mark.threat("t_desc_loop", "t_indirect")
 def test_every_malformed_chain_breaks_the_ring_and_only_it() -> None:
     for name, (craft, reason) in MALFORMED.items():
         with closing(Rig()) as rig:
@@ -349,6 +351,7 @@ MALFORMED: dict[str, tuple[Callable[[Driver], None], str]] = {
 }
 
 
+@pytest.mark.threat("t_indirect")
 def test_indirect_without_the_feature() -> None:
     with closing(Rig(indirect=False)) as rig:
         rig.driver.submit([message()], indirect=True)
@@ -356,6 +359,7 @@ def test_indirect_without_the_feature() -> None:
             rig.take()
 
 
+@pytest.mark.threat("t_avail_jump")
 @pytest.mark.parametrize("jump", [129, -1, 32768])
 def test_available_index_jumps(rig: Rig, jump: int) -> None:
     rig.driver.avail_idx += jump

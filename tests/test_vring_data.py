@@ -201,6 +201,8 @@ QUARTERS = [  # the first three are adjacent to the guest alone
 ]
 
 
+# What straddles two regions that touch is sound, and is served.
+@pytest.mark.threat("t_desc_oob")
 def test_buffers_and_tables_cross_regions_above_4_gib(file: int) -> None:
     with closing(Rig(Driver(regions=QUARTERS))) as rig:
         d = rig.driver
@@ -320,6 +322,7 @@ def test_hugetlb_regions() -> None:
 # ---- truncated guest memory ----
 
 
+@pytest.mark.threat("t_ram_truncate")
 def test_truncated_ring_memory(rig: Rig) -> None:
     device = Device(rig)
     echo(rig)
@@ -329,6 +332,7 @@ def test_truncated_ring_memory(rig: Rig) -> None:
     assert "vanished" in str(device.error)
 
 
+@pytest.mark.threat("t_ram_truncate")
 @pytest.mark.parametrize("victim", ["header", "table", "scatter", "gather", "readv", "push"])
 def test_truncated_buffers(rig: Rig, file: int, victim: str) -> None:
     """Our own loads and stores hit the hole: the ring breaks, the process lives."""

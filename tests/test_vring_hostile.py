@@ -8,6 +8,8 @@ import threading
 import time
 from contextlib import closing
 
+import pytest
+
 from ninepd.errors import RingBroken
 from tests.support.driver import INDIRECT, NEXT, WRITE, Driver, Region, encode_desc
 from tests.support.vring_rig import MIB, NOWHERE, TREAD, TWRITE, UA, Rig, message
@@ -15,6 +17,7 @@ from tests.support.vring_rig import MIB, NOWHERE, TREAD, TWRITE, UA, Rig, messag
 # ---- a driver that rewrites under our eyes ----
 
 
+@pytest.mark.threat("t_double_fetch")
 def test_rewriting_driver_sees_one_consistent_snapshot() -> None:
     """Whatever is raced, lengths and header belong together and only the two variants appear."""
     with closing(Rig(Driver(num=16, size=4 * MIB))) as rig:
@@ -119,6 +122,7 @@ class Fuzzer:
             d.avail_idx += r.randrange(65536)
 
 
+@pytest.mark.threat("t_desc_oob", "t_indirect")
 def test_fuzzed_rings_only_break() -> None:
     outcomes = {"served": 0, "broken": 0}
     reasons = set()

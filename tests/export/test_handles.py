@@ -190,6 +190,7 @@ class Worker(threading.Thread):
                 make_file(directory / os.fsdecode(name))
 
 
+@pytest.mark.threat("t_reclaim_storm")
 @pytest.mark.usefixtures("hasty_threads", "as_root")
 @pytest.mark.parametrize("reclaim", [Reclaim.NAMES, Reclaim.HANDLES])
 def test_threads_that_share_few_descriptors(tmp_path: Path, reclaim: Reclaim) -> None:

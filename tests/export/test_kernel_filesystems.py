@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("as_root")
 KINDS = ("proc", "sysfs", "debugfs", "tracefs", "cgroup2", "securityfs", "bpf", "devpts")
 
 
+@pytest.mark.threat("t_magic")
 @pytest.mark.parametrize("kind", KINDS)
 def test_refused(client: Client, export: Path, mount: Mount, kind: str) -> None:
     """The name is listed, as something that one may not enter; its neighbours are not touched."""
@@ -27,6 +28,7 @@ def test_refused(client: Client, export: Path, mount: Mount, kind: str) -> None:
     client.walk(ROOT, 1, b"d")
 
 
+@pytest.mark.threat("t_magic")
 def test_one_of_its_files(client: Client, export: Path, mount: Mount) -> None:
     (export / "f").write_text("")
     subprocess.run(["mount", "--bind", "/proc/version", export / "f"], check=True)

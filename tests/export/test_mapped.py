@@ -235,6 +235,7 @@ def test_targets_of_impossible_length(share: Share) -> None:
     assert client.rpc(Treadlink(1), room=8192).target == b"y" * 4095
 
 
+@pytest.mark.threat("t_create_atomic")
 @pytest.mark.parametrize("model", ["mapped-xattr"], indirect=True)
 def test_nobody_sees_a_file_half_made(share: Share) -> None:
     """A host process that looks all the time, and knows the format."""
@@ -581,6 +582,7 @@ WAYS = (
 )
 
 
+@pytest.mark.threat("t_suid")
 @pytest.mark.parametrize("by_guest", [True, False])
 def test_change_of_a_program(share: Share, by_guest: bool) -> None:
     """As passthrough does it: for root they stay, whoever wrote before on that thread."""
@@ -622,6 +624,7 @@ def test_another_owner(share: Share) -> None:
         client.clunk(1)
 
 
+@pytest.mark.threat("t_sgid")
 def test_created_in_a_setgid_directory(share: Share) -> None:
     client = share.client
     make(client, ROOT, "directory", b"d", 0o2777, 4321)
@@ -638,6 +641,7 @@ def test_created_in_a_setgid_directory(share: Share) -> None:
 # Extended attributes
 
 
+@pytest.mark.threat("t_xattr_ns", "t_filecap")
 def test_ordinary_attributes(share: Share) -> None:
     client = share.client
     make(client, USER, "file", b"x", 0o640, GID)

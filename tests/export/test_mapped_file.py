@@ -99,6 +99,8 @@ def test_parsing(text: bytes, owner: Owner) -> None:
     assert parse(compose(owner)) == owner
 
 
+# EINVAL even where nothing would be found: the answer tells nothing of what is there.
+@pytest.mark.threat("t_meta")
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_names(client: Client, top: Path, name: bytes) -> None:
     for message in (
@@ -125,6 +127,7 @@ def test_hidden_names(client: Client, top: Path, name: bytes) -> None:
     assert os.listdir(top / META) == ["d"]
 
 
+@pytest.mark.threat("t_meta")
 def test_hidden_from_old_clients(client: Client) -> None:
     client.rpc(Tversion(8192, b"9P2000.u"))
     client.rpc(Tattach(ROOT, 0xFFFFFFFF, b"", b"", 0))
@@ -135,6 +138,7 @@ def test_hidden_from_old_clients(client: Client) -> None:
     assert META.encode() not in data
 
 
+@pytest.mark.threat("t_meta_casefold")
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [

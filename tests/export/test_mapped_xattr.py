@@ -42,6 +42,7 @@ def refused(client: Client, name: bytes, value: bytes, flags: int = 0) -> str:
     return os.strerror(caught.value.errno or 0)
 
 
+@pytest.mark.threat("t_virtfs_xattr")
 @pytest.mark.parametrize(
     "name",
     [
@@ -71,6 +72,7 @@ def test_names_that_only_look_alike(client: Client) -> None:
         assert client.get_xattr(1, name) == b"x"
 
 
+@pytest.mark.threat("t_acl_list")
 def test_acls(client: Client, export: Path) -> None:
     for name in (ACCESS, DEFAULT):
         assert client.error(Txattrwalk(1, 2, name)) == "ENODATA"
@@ -87,6 +89,7 @@ def test_acls(client: Client, export: Path) -> None:
     assert client.get_xattr(1, b"") == b"user.mine\0"
 
 
+@pytest.mark.threat("t_sgid")
 def test_acl_of_somebody_outside_the_group(client: Client) -> None:
     client.set_xattr(1, ACCESS, ACL)
     assert client.getattr(1).mode == stat.S_IFREG | 0o2775
@@ -95,6 +98,7 @@ def test_acl_of_somebody_outside_the_group(client: Client) -> None:
     assert client.getattr(1).mode == stat.S_IFREG | 0o775
 
 
+@pytest.mark.threat("t_acl_list")
 def test_acls_of_the_host_are_its_own(
     start_daemon: StartDaemon, export: Path, mount_ext4: Mount
 ) -> None:

@@ -86,6 +86,7 @@ def tree_of(client: Client, fid: int = ROOT) -> dict[bytes, Qid]:
 # Remap
 
 
+@pytest.mark.threat("t_submount")
 def test_no_two_files_of_three_devices_have_one_number(devices: Path, connect: Connect) -> None:
     """Among the 900 files are pairs with equal inode numbers; after a restart all is the same."""
     for name in ("ext4a", "ext4b", "tmpfs"):
@@ -248,6 +249,8 @@ def test_warn_keeps_the_numbers_of_the_host(devices: Path, start_daemon: StartDa
     assert daemon.log.count("another device") == 3
 
 
+# ENODEV, as QEMU's server says it, rather than EXDEV.
+@pytest.mark.threat("t_submount")
 def test_forbid(devices: Path, connect: Connect) -> None:
     """Other devices are neither listed nor entered; a bind mount of the same device is."""
     client = connect("--multidevs", "forbid")

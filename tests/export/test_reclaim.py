@@ -64,6 +64,7 @@ def test_more_fids_than_descriptors(start: Start, export: Path, how: str) -> Non
     assert daemon.descriptors() < 40
 
 
+@pytest.mark.threat("t_reclaim_storm")
 def test_by_name_a_replaced_file_is_stale_and_never_another(start: Start, export: Path) -> None:
     names = make_files(export)
     _, client = start(*BY_NAME)
@@ -98,6 +99,7 @@ def test_host_renames_of_a_directory_that_is_open_do_no_harm(
             assert content(client, fid) == name
 
 
+@pytest.mark.threat("t_reclaim_storm")
 def test_by_handle_host_renames_and_removals_never_confuse(start: Start, export: Path) -> None:
     names = make_files(export)
     daemon, client = start("--reclaim", "handles")
@@ -218,6 +220,7 @@ def test_emfile_only_when_nothing_is_idle(start: Start, export: Path) -> None:
     assert daemon.descriptors() <= LIMIT
 
 
+@pytest.mark.threat("t_inode_recycle")
 @pytest.mark.parametrize("how", ["auto", "names"])
 def test_a_recycled_inode_does_not_join_a_reclaimed_fid(
     start: Start, export: Path, how: str

@@ -159,6 +159,7 @@ def test_size_that_cannot_be(client: Client, file: Path) -> None:
     assert file.stat().st_size == 10
 
 
+@pytest.mark.threat("t_symlink_abs")
 def test_size_of_other_things(client: Client, export: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (export / "link").symlink_to(tmp_path / "secret")
@@ -197,6 +198,7 @@ def test_mode_of_odd_files(client: Client, export: Path, kind: str) -> None:
     assert stat.S_IMODE(path.lstat().st_mode) == 0o1703
 
 
+@pytest.mark.threat("t_symlink_abs", "t_xattr_link")
 def test_symlinks_have_no_mode(client: Client, export: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("")
@@ -223,6 +225,7 @@ def test_owner_that_is_not_valid_is_left_alone(client: Client, file: Path) -> No
     assert (file.stat().st_uid, file.stat().st_gid) == (1234, 5678)
 
 
+@pytest.mark.threat("t_symlink_abs", "t_xattr_link")
 @pytest.mark.usefixtures("as_root")
 def test_owner_and_times_of_a_symlink_are_its_own(
     client: Client, export: Path, tmp_path: Path
@@ -240,6 +243,7 @@ def test_owner_and_times_of_a_symlink_are_its_own(
     assert (after.st_uid, after.st_mtime_ns) == (before.st_uid, before.st_mtime_ns)
 
 
+@pytest.mark.threat("t_setattr_order")
 @pytest.mark.usefixtures("as_root")
 def test_order_owner_before_mode(client: Client, file: Path) -> None:
     """chown(2) clears the setuid bit: a mode set together with an owner must survive that."""
@@ -248,6 +252,7 @@ def test_order_owner_before_mode(client: Client, file: Path) -> None:
     assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (5, 6, 0o6755)
 
 
+@pytest.mark.threat("t_setattr_order")
 @pytest.mark.parametrize("fid", [1, 2])
 def test_order_size_before_times(client: Client, file: Path, fid: int) -> None:
     valid = SIZE | MODE | ATIME | ATIME_SET | MTIME | MTIME_SET
@@ -357,6 +362,7 @@ def test_attributes_of_the_root(client: Client, export: Path) -> None:
     assert export.stat().st_mtime == PAST
 
 
+@pytest.mark.threat("t_unlinked_fid")
 def test_everything_works_on_an_unlinked_file(client: Client, file: Path) -> None:
     client.rpc(Tunlinkat(ROOT, b"f", 0))
     for fid in (1, 2):

@@ -72,6 +72,7 @@ def test_special_files_are_never_opened(client: Client, special: Path) -> None:
     assert found == {name: {"ENXIO"} for name in names}
 
 
+@pytest.mark.threat("t_symlink_abs")
 def test_symlinks_are_never_followed(client: Client, export: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (export / "link").symlink_to(tmp_path / "secret")
@@ -190,6 +191,7 @@ def test_create_takes_all_mode_bits(client: Client, export: Path, mode: int) -> 
     assert stat.S_IMODE((export / "f").stat().st_mode) == mode
 
 
+@pytest.mark.threat("t_create_existing")
 def test_create_over_an_existing_file_opens_it_untouched(client: Client, export: Path) -> None:
     """The guest's cache was behind: owner, mode and content stay."""
     path = export / "f"
@@ -218,6 +220,7 @@ def test_create_with_excl_over_an_existing_file(client: Client, export: Path) ->
     client.rpc(Tlcreate(1, b"g", 0x40 | 0x80 | RDWR, 0o644, 0))
 
 
+@pytest.mark.threat("t_create_over")
 def test_create_over_something_that_is_no_file(
     client: Client, special: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +244,7 @@ def test_create_over_something_that_is_no_file(
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.threat("t_slash", "t_dot", "t_empty", "t_string", "t_long")
 def test_create_with_bad_names(client: Client, export: Path) -> None:
     expected = {
         b"": "ENOENT",
@@ -281,6 +285,7 @@ def test_read_ranges(client: Client, export: Path) -> None:
         assert client.read(1, offset, count) == data[offset : offset + count]
 
 
+@pytest.mark.threat("t_counts")
 def test_read_is_clipped_to_the_room_for_it(client: Client, export: Path) -> None:
     (export / "f").write_bytes(b"x" * 100_000)
     client.open(ROOT, 1, b"f")
@@ -299,6 +304,7 @@ def test_read_into_scattered_buffers(client: Client, export: Path) -> None:
     assert int.from_bytes(raw[7:11], "little") == 20_000
 
 
+@pytest.mark.threat("t_counts")
 @pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 1, (1 << 63) - 1])
 def test_offsets_past_the_largest_file(client: Client, offset: int) -> None:
     client.create(ROOT, 1, b"f")
@@ -325,6 +331,7 @@ def test_write_from_scattered_buffers(client: Client, export: Path) -> None:
     assert (export / "f").read_bytes() == content
 
 
+@pytest.mark.threat("t_counts")
 @pytest.mark.parametrize("count", [5, 1000, 2**32 - 1])
 def test_write_that_announces_more_than_came(client: Client, export: Path, count: int) -> None:
     client.create(ROOT, 1, b"f")
@@ -418,6 +425,7 @@ def test_fsync_of_a_fid_that_is_clunked_meanwhile(client: Client, export: Path) 
 # Read-only exports
 
 
+@pytest.mark.threat("t_readonly")
 def test_readonly_export(start_daemon: StartDaemon, export: Path) -> None:
     (export / "f").write_text("text")
     (export / "d").mkdir()
@@ -464,6 +472,7 @@ def test_readonly_export(start_daemon: StartDaemon, export: Path) -> None:
 # Room for replies
 
 
+@pytest.mark.threat("t_reply_fit")
 def test_reply_that_does_not_fit_means_nothing_is_done(client: Client, export: Path) -> None:
     (export / "f").write_text("")
     client.walk(ROOT, 1)

@@ -46,6 +46,7 @@ def home(client: Client, export: Path) -> Path:
     return path
 
 
+@pytest.mark.threat("t_host_rename")
 def test_row_1_directory_renamed_under_a_cwd(client: Client, home: Path) -> None:
     (home / "dir1").mkdir()
     (home / "dir1/file").write_text("")
@@ -91,6 +92,7 @@ def test_row_3_reopen_of_a_moved_file(client: Client, home: Path, flags: int) ->
         assert (home.parent / "moved").read_text() == "written"
 
 
+@pytest.mark.threat("t_host_rename")
 @pytest.mark.parametrize("opened", [False, True])
 def test_row_4_child_of_a_moved_directory(client: Client, home: Path, opened: bool) -> None:
     (home / "dir1").mkdir()
@@ -105,6 +107,7 @@ def test_row_4_child_of_a_moved_directory(client: Client, home: Path, opened: bo
     assert client.read(9, 0, 100) == b"content"
 
 
+@pytest.mark.threat("t_host_rename")
 def test_row_5_creation_in_a_moved_directory(client: Client, home: Path) -> None:
     (home / "dir1").mkdir()
     client.walk(HOME, 2, b"dir1")
@@ -117,6 +120,7 @@ def test_row_5_creation_in_a_moved_directory(client: Client, home: Path) -> None
     assert (home / "dir2/new").exists()
 
 
+@pytest.mark.threat("t_host_rename")
 def test_row_6_names_in_a_moved_directory(client: Client, home: Path) -> None:
     (home / "dir1").mkdir()
     (home / "dir1/f").write_text("")
@@ -162,6 +166,7 @@ def test_row_8_guest_renames_over_a_held_file(client: Client, home: Path) -> Non
     assert client.walk(HOME, 6, b"b")[0].path == a.path
 
 
+@pytest.mark.threat("t_host_replace")
 def test_row_9_host_replaces_an_open_file(client: Client, home: Path) -> None:
     """What editors call an atomic save."""
     (home / "f").write_text("old")
@@ -176,6 +181,7 @@ def test_row_9_host_replaces_an_open_file(client: Client, home: Path) -> None:
     assert stat.S_IMODE((home / "f").stat().st_mode) != 0
 
 
+@pytest.mark.threat("t_unlinked_fid")
 def test_row_10_guest_unlinks_an_open_file(client: Client, home: Path) -> None:
     client.create(HOME, 5, b"f")
     client.write(5, 0, b"content")
@@ -220,6 +226,7 @@ def test_row_12_removed_directory(client: Client, home: Path, by_guest: bool) ->
     assert client.error(Tlcreate(5, b"x", 2, 0o644, 0)) == "ENOENT"
 
 
+@pytest.mark.threat("t_inode_recycle")
 def test_row_13_and_14_inode_numbers(client: Client, home: Path, mount_ext4: Mount) -> None:
     """Held: the number stays taken. Released: number and generation never both come again."""
     mount_ext4(home / "m")
@@ -242,6 +249,7 @@ def test_row_13_and_14_inode_numbers(client: Client, home: Path, mount_ext4: Mou
             client.clunk(4)
 
 
+@pytest.mark.threat("t_moved_out")
 @pytest.mark.parametrize("opened", [False, True])
 def test_row_19_directory_moved_out(
     client: Client, home: Path, tmp_path: Path, opened: bool
@@ -261,6 +269,7 @@ def test_row_19_directory_moved_out(
     assert client.error(Tgetattr(5, 0)) == "ENOENT"
 
 
+@pytest.mark.threat("t_version_mid")
 def test_row_20_reset_with_everything_open(daemon: Daemon, client: Client, home: Path) -> None:
     client.attach()
     before = daemon.descriptors()
@@ -294,6 +303,7 @@ def test_replaced_name_is_found_by_a_new_walk(client: Client, home: Path) -> Non
     assert (client.read(6, 0, 9), client.read(7, 0, 9)) == (b"old", b"new")
 
 
+@pytest.mark.threat("t_rename_storm")
 def test_ancestors_renamed_during_io(client: Client, home: Path, export: Path) -> None:
     client.create(HOME, 5, b"f")
     for number in range(10):

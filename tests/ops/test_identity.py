@@ -150,6 +150,7 @@ def test_umask_of_the_daemon_does_not_matter(
             assert stat.S_IMODE((export / kind).lstat().st_mode) == 0o666
 
 
+@pytest.mark.threat("t_acl_default")
 @pytest.mark.parametrize("mode", [0o666, 0o600, 0o444])
 def test_default_acl_of_the_host(user: Client, export: Path, mode: int) -> None:
     """As on a local file system: the ACL takes the place of the umask, the mode limits it."""
@@ -173,6 +174,7 @@ def test_default_acl_of_the_host(user: Client, export: Path, mode: int) -> None:
     assert (export / "d/guest").stat().st_mode == (export / "d/host").stat().st_mode
 
 
+@pytest.mark.threat("t_create_atomic")
 def test_never_another_owner_for_a_moment(user: Client, export: Path) -> None:
     """A process of the host looks as fast as it can: each new name is right from the start."""
     (export / "d").mkdir()
@@ -313,6 +315,7 @@ def test_held_inode_is_not_recycled(client: Client, export: Path, mount_ext4: Mo
     assert client.getattr(1).nlink == 0
 
 
+@pytest.mark.threat("t_inode_recycle")
 def test_recycled_inode_is_another_file(client: Client, export: Path, mount_ext4: Mount) -> None:
     """ext4 gives the number to the very next file: then the generation tells them apart."""
     mount_ext4(export / "m")
@@ -330,6 +333,7 @@ def test_recycled_inode_is_another_file(client: Client, export: Path, mount_ext4
     assert len(paths) < 50, "the file system recycled nothing: the test shows nothing"
 
 
+@pytest.mark.threat("t_submount", "t_qid_stable")
 def test_colliding_inode_numbers(client: Client, export: Path, mount_ext4: Mount) -> None:
     """Two file systems made alike have the same numbers; the guest sees different files."""
     mount_ext4(export / "a")
@@ -349,6 +353,7 @@ def test_colliding_inode_numbers(client: Client, export: Path, mount_ext4: Mount
     assert client.walk(ROOT, 2, b"b", b"f") == (b, in_b)
 
 
+@pytest.mark.threat("t_qid_stable")
 def test_numbers_are_the_same_after_a_restart(
     start_daemon: StartDaemon, export: Path, mount: Mount
 ) -> None:
@@ -364,6 +369,7 @@ def test_numbers_are_the_same_after_a_restart(
     assert seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.threat("t_submount")
 def test_bind_mount_shows_the_same_file(client: Client, export: Path, mount: Mount) -> None:
     """One inode, two places: one qid."""
     (export / "d").mkdir()
@@ -383,6 +389,7 @@ def test_dotdot_of_a_mount_below(client: Client, export: Path, mount: Mount) -> 
     assert up.path == client.walk(ROOT, 2, b"m")[0].path
 
 
+@pytest.mark.threat("t_magic")
 def test_magic_links_of_a_mounted_procfs(
     start_daemon: StartDaemon, export: Path, mount: Mount
 ) -> None:
@@ -404,6 +411,7 @@ def _follow_magic_links(client: Client) -> None:
         assert client.error(Tgetattr(1, 0)) == "ENOENT"
 
 
+@pytest.mark.threat("t_rename_storm", "t_dotdot_storm")
 def test_many_threads_of_a_host_beside_one_guest(client: Client, export: Path) -> None:
     """Walks during a rename storm on the host find the file or ENOENT, never anything else."""
     for name in ("a", "b"):

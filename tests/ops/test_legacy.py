@@ -154,6 +154,7 @@ def test_device_nodes(old: Client, export: Path) -> None:
     assert error_of(old, Tcreate(2, b"bad", Mode.DEVICE, 0, b"c one 3")).errno == errno.EINVAL
 
 
+@pytest.mark.threat("t_dot", "t_slash")
 def test_wstat(old: Client, export: Path) -> None:
     (export / "f").write_bytes(b"12345")
     (export / "other").write_bytes(b"untouched")

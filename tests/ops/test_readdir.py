@@ -48,6 +48,7 @@ def test_small_counts(client: Client, export: Path, count: int) -> None:
     assert set(names_of(client.listing(1, count))) == names | {b".", b".."}
 
 
+@pytest.mark.threat("t_readdir_count")
 def test_entries_are_whole_and_within_count(client: Client, many: set[bytes]) -> None:
     client.open(ROOT, 1)
     for count in range(300, 600):
@@ -56,6 +57,7 @@ def test_entries_are_whole_and_within_count(client: Client, many: set[bytes]) ->
         assert sum(24 + len(entry.name) for entry in client.readdir(1, 0, count)) == len(data)
 
 
+@pytest.mark.threat("t_readdir_count")
 @pytest.mark.parametrize("count", [0, 1, 24])
 def test_count_too_small_for_one_entry(client: Client, export: Path, count: int) -> None:
     """0 bytes would mean the end."""
@@ -73,6 +75,7 @@ def test_count_too_small_for_the_next_entry(client: Client, export: Path) -> Non
     assert client.readdir(1, offset, 24 + 255)[0].name == b"x" * 255
 
 
+@pytest.mark.threat("t_readdir_count")
 def test_count_is_clipped_to_the_room_for_it(client: Client, many: set[bytes]) -> None:
     client.open(ROOT, 1)
     _, data = client.rpc_with_data(Treaddir(1, 0, 2**32 - 1), room=1000)
@@ -117,6 +120,7 @@ def test_rewind_shows_what_is_new(client: Client, export: Path) -> None:
     assert set(names_of(client.listing(1))) == {b".", b"..", b"new"}
 
 
+@pytest.mark.threat("t_readdir_count")
 def test_random_cookies_do_no_harm(client: Client, many: set[bytes]) -> None:
     client.open(ROOT, 1)
     for offset in (1, 2, 12345, 1 << 31, 1 << 40, (1 << 63) - 1):
@@ -126,6 +130,7 @@ def test_random_cookies_do_no_harm(client: Client, many: set[bytes]) -> None:
     assert set(names_of(client.listing(1))) >= many
 
 
+@pytest.mark.threat("t_readdir_big")
 def test_removal_while_reading(client: Client, many: set[bytes]) -> None:
     """rm -r: each batch is removed before the next is read, and nothing is missed."""
     client.open(ROOT, 1)
@@ -141,6 +146,7 @@ def test_removal_while_reading(client: Client, many: set[bytes]) -> None:
     assert client.names(ROOT) == set()
 
 
+@pytest.mark.threat("t_readdir_big")
 def test_host_creates_and_removes_in_a_loop(client: Client, export: Path) -> None:
     """No listing fails, and what stays is in each of them, once."""
     stable = {b"stable%d" % number for number in range(200)}

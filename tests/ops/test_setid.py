@@ -76,6 +76,7 @@ def create_over(client: Client, root: int) -> None:
 WAYS = (write, write_through, truncate, truncate_open, open_truncating, create_over)
 
 
+@pytest.mark.threat("t_suid")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("root", "left"), [(USER, 0o755), (ROOT, 0o6755)])
 def test_change_of_a_program(
@@ -111,6 +112,7 @@ def test_mode_is_what_the_guest_says(user: Client, export: Path, kind: str, mode
     assert mode_of(path) == mode
 
 
+@pytest.mark.threat("t_sgid")
 @pytest.mark.parametrize(("root", "left"), [(USER, 0o775), (ROOT, 0o2775)])
 def test_created_in_a_setgid_directory(user: Client, export: Path, root: int, left: int) -> None:
     """The guest sends the directory's group, as it has to."""
@@ -141,6 +143,7 @@ def test_what_is_created_does_not_depend_on_what_was_written_before(
         user.clunk(1, 3)
 
 
+@pytest.mark.threat("t_sgid")
 @pytest.mark.parametrize(("root", "left"), [(USER, 0o775), (ROOT, 0o2775)])
 def test_acl(user: Client, export: Path, mount_ext4: Mount, root: int, left: int) -> None:
     """As setting a mode, which it is."""
@@ -154,3 +157,32 @@ def test_acl(user: Client, export: Path, mount_ext4: Mount, root: int, left: int
     user.walk(root, 1, b"m", b"f")
     user.set_xattr(1, b"system.posix_acl_access", acl)
     assert mode_of(path) == left
+
+
+CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+"""CAP_NET_BIND_SERVICE as linux/capability.h has it, revision 2."""
+
+
+def other_owner(client: Client, root: int) -> None:
+    client.walk(root, 1, b"program")
+    client.rpc(Tsetattr(1, int(SetattrValid.UID), 0, 7, 0, 0, 0, 0, 0, 0))
+
+
+@pytest.mark.threat("t_filecap")
+@pytest.mark.parametrize("way", [*WAYS, other_owner])
+@pytest.mark.parametrize("root", [USER, ROOT])
+@pytest.mark.parametrize("by_guest", [True, False])
+def test_capabilities_of_a_program_that_is_changed(
+    user: Client, program: Path, way: Callable[[Client, int], None], root: int, by_guest: bool
+) -> None:
+    """They go, for root as well: whoever has replaced the program has not been trusted."""
+    if by_guest:
+        user.walk(ROOT, 9, b"program")
+        user.set_xattr(9, b"security.capability", CAPABILITY)
+    else:
+        os.setxattr(program, "security.capability", CAPABILITY)
+    user.open(root, 2, b"program")
+    user.read(2, 0, 10)
+    assert "security.capability" in os.listxattr(program)
+    way(user, root)
+    assert "security.capability" not in os.listxattr(program)

@@ -45,12 +45,14 @@ from tests.conftest import StartDaemon
 from tests.support.client import ROOT, Client, Daemon
 
 
+@pytest.mark.threat("t_version_mid")
 def test_version_takes_the_smaller_msize(client: Client) -> None:
     assert client.rpc(Tversion(8192, b"9P2000.L")) == Rversion(8192, b"9P2000.L")
     ring = 1024 - 3  # descriptors of an indirect table, less request, reply and slop
     assert client.rpc(Tversion(2**32 - 1, b"9P2000.L")).msize == min(1 << 20, ring * 4096)
 
 
+@pytest.mark.threat("t_version_mid")
 @pytest.mark.parametrize("msize", [0, 1, 4095])
 def test_version_with_a_tiny_msize(client: Client, msize: int) -> None:
     assert client.error(Tversion(msize, b"9P2000.L")) == "EMSGSIZE"
@@ -67,6 +69,7 @@ def test_msize_max_is_an_option(start_daemon: StartDaemon) -> None:
         assert client.rpc(Tversion(1 << 20, b"9P2000.L")).msize == 8192
 
 
+@pytest.mark.threat("t_version_mid")
 def test_version_drops_every_fid(daemon: Daemon, client: Client) -> None:
     idle = daemon.descriptors()
     for fid in range(1, 100):
@@ -77,6 +80,7 @@ def test_version_drops_every_fid(daemon: Daemon, client: Client) -> None:
     assert client.error(Tgetattr(1, 0)) == "ENOENT"
 
 
+@pytest.mark.threat("t_order")
 def test_requests_before_version(daemon: Daemon) -> None:
     with Client(daemon.socket) as client:
         assert client.error(Tattach(0, NOFID, b"", b"", 0)) == "EINVAL"
@@ -85,6 +89,7 @@ def test_requests_before_version(daemon: Daemon) -> None:
         client.attach()
 
 
+@pytest.mark.threat("t_order")
 def test_requests_before_attach(daemon: Daemon) -> None:
     with Client(daemon.socket) as client:
         client.rpc(Tversion(8192, b"9P2000.L"))
@@ -96,6 +101,7 @@ def test_auth_is_not_needed(client: Client) -> None:
     assert client.error(Tauth(7, b"u", b"", 0)) == "EOPNOTSUPP"
 
 
+@pytest.mark.threat("t_order", "t_fid_reuse")
 def test_attach_errors(client: Client) -> None:
     assert client.error(Tattach(ROOT, NOFID, b"", b"", 0)) == "EINVAL"
     assert client.error(Tattach(NOFID, NOFID, b"", b"", 0)) == "EINVAL"
@@ -115,6 +121,7 @@ def test_attach_below_the_root(client: Client, export: Path) -> None:
     assert client.walk(ROOT, 2, b"a", b"b")[-1] == below
 
 
+@pytest.mark.threat("t_order", "t_dotdot_root")
 def test_attach_does_not_leave_the_export(client: Client, export: Path) -> None:
     (export / "link").symlink_to("/")
     assert client.error(Tattach(1, NOFID, b"", b"link/etc", 0)) in {"ELOOP", "ENOTDIR", "ENOENT"}
@@ -125,6 +132,7 @@ def test_attach_does_not_leave_the_export(client: Client, export: Path) -> None:
 # Walks
 
 
+@pytest.mark.threat("t_nwname")
 def test_walk_of_sixteen_names(client: Client, export: Path) -> None:
     names = [b"%d" % depth for depth in range(16)]
     path = export.joinpath(*map(os.fsdecode, names))
@@ -134,6 +142,7 @@ def test_walk_of_sixteen_names(client: Client, export: Path) -> None:
     assert client.getattr(1).qid == qids[-1]
 
 
+@pytest.mark.threat("t_nwname")
 def test_walk_of_seventeen_names(client: Client) -> None:
     body = bytes(4) + (1).to_bytes(4, "little") + (17).to_bytes(2, "little") + b"\x01\0a" * 17
     raw = HEADER.pack(7 + len(body), NUMBERS[Twalk], 5) + body
@@ -170,6 +179,7 @@ def test_walk_through_a_file(client: Client, export: Path) -> None:
     assert client.error(Twalk(1, 2, (b"..",))) == "ENOTDIR"
 
 
+@pytest.mark.threat("t_symlink_mid")
 def test_walk_through_a_symlink(client: Client, export: Path) -> None:
     (export / "d").mkdir()
     (export / "link").symlink_to("d")
@@ -197,6 +207,8 @@ def test_clone_of_an_open_fid_is_not_open(client: Client, export: Path) -> None:
     assert client.read(2, 0, 10) == b"text"
 
 
+# Served, though walk(5) forbids it: Linux clones open fids, and the open one stays as it is.
+@pytest.mark.threat("t_fid_reuse")
 def test_walk_from_an_open_directory(client: Client, export: Path) -> None:
     (export / "d").mkdir()
     (export / "d/f").write_text("text")
@@ -205,6 +217,7 @@ def test_walk_from_an_open_directory(client: Client, export: Path) -> None:
     assert client.getattr(2).size == 4
 
 
+@pytest.mark.threat("t_fid_reuse")
 def test_walk_onto_itself(client: Client, export: Path) -> None:
     (export / "a/b").mkdir(parents=True)
     client.walk(ROOT, 1)
@@ -215,6 +228,7 @@ def test_walk_onto_itself(client: Client, export: Path) -> None:
     assert client.error(Twalk(1, 1, (b"..",))) == "EINVAL"
 
 
+@pytest.mark.threat("t_fid_reuse")
 def test_new_fid_must_be_free(client: Client, export: Path) -> None:
     (export / "f").write_text("text")
     client.walk(ROOT, 1, b"f")
@@ -224,17 +238,20 @@ def test_new_fid_must_be_free(client: Client, export: Path) -> None:
     assert client.getattr(1).size == 4
 
 
+@pytest.mark.threat("t_dot")
 def test_dot_is_the_directory_itself(client: Client, export: Path) -> None:
     (export / "d").mkdir()
     first, dot = client.walk(ROOT, 1, b"d", b".")
     assert dot == first
 
 
+@pytest.mark.threat("t_dotdot_root")
 def test_dotdot_at_the_root_is_the_root(client: Client, export: Path) -> None:
     root = client.getattr(ROOT).qid
     assert client.walk(ROOT, 1, *[b".."] * 16) == (root,) * 16
 
 
+@pytest.mark.threat("t_dotdot_root")
 def test_dotdot_from_below(client: Client, export: Path) -> None:
     (export / "a/b").mkdir(parents=True)
     root = client.getattr(ROOT).qid
@@ -243,6 +260,7 @@ def test_dotdot_from_below(client: Client, export: Path) -> None:
     assert b != a
 
 
+@pytest.mark.threat("t_moved_out")
 def test_dotdot_of_a_directory_moved_out(client: Client, export: Path, tmp_path: Path) -> None:
     (export / "d/child").mkdir(parents=True)
     (export / "d/child/f").write_text("text")
@@ -276,6 +294,7 @@ BAD_NAMES = {
 }
 
 
+@pytest.mark.threat("t_slash", "t_empty", "t_string", "t_long")
 def test_bad_names(client: Client, export: Path) -> None:
     (export / "a").mkdir()
     (export / "a/b").mkdir()
@@ -283,6 +302,7 @@ def test_bad_names(client: Client, export: Path) -> None:
     assert found == {name: code for name, code in BAD_NAMES.items() if len(name) < 8000}
 
 
+@pytest.mark.threat("t_string")
 def test_name_longer_than_the_header_arena(client: Client) -> None:
     assert client.error(Twalk(ROOT, 1, (b"x" * 65000,))) == "ENAMETOOLONG"
 
@@ -357,6 +377,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.threat("t_fid_type")
 @pytest.mark.parametrize("state", STATES)
 def test_every_message_in_every_state(client: Client, export: Path, state: str) -> None:
     (export / "f").write_text("text")
@@ -401,12 +422,15 @@ def test_every_message_in_every_state(client: Client, export: Path, state: str) 
 # Tags and flushes
 
 
+@pytest.mark.threat("t_flush")
 def test_flush_of_anything_that_is_not_out(client: Client) -> None:
     own = client.tag + 1
     for oldtag in (own, 0xFFFF, 777, client.tag):
         assert client.rpc(Tflush(oldtag)) == Rflush()
 
 
+# What is flushed is answered all the same, just before: Linux waits for either.
+@pytest.mark.threat("t_flush")
 def test_flush_comes_behind_the_flushed_request(client: Client) -> None:
     client.create(ROOT, 1, b"f")
     client.write(1, 0, b"x" * 100_000)
@@ -420,6 +444,7 @@ def test_flush_comes_behind_the_flushed_request(client: Client) -> None:
     assert answers[1:] == [Rflush(), Rflush()]
 
 
+@pytest.mark.threat("t_dup_tag")
 def test_tag_in_use(client: Client) -> None:
     """The second request is refused, the first answered as ever."""
     client.create(ROOT, 1, b"f")
@@ -435,6 +460,7 @@ def test_tag_in_use(client: Client) -> None:
     client.getattr(ROOT)
 
 
+@pytest.mark.threat("t_version_mid")
 def test_version_waits_for_what_is_out(client: Client) -> None:
     client.create(ROOT, 1, b"f")
     client.write(1, 0, b"x" * 100_000)
@@ -450,6 +476,7 @@ def test_version_waits_for_what_is_out(client: Client) -> None:
     client.attach()
 
 
+@pytest.mark.threat("t_type")
 def test_every_type_number(client: Client) -> None:
     """R-messages and numbers that nobody uses are told EOPNOTSUPP, as unknown messages are."""
     old = {Topen, Tcreate, Tstat, Twstat}

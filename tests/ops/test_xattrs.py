@@ -136,12 +136,14 @@ def test_value_of_64_kib(client: Client, wide: Path) -> None:
     assert client.get_xattr(1, b"user.big") == value
 
 
+@pytest.mark.threat("t_xattr_offset")
 @pytest.mark.parametrize("size", [65537, 1 << 32, 1 << 63, (1 << 64) - 1])
 def test_value_that_is_too_long(client: Client, file: Path, size: int) -> None:
     assert client.error(Txattrcreate(1, b"user.big", size, 0)) == "E2BIG"
     client.rpc(Txattrcreate(1, b"user.small", 1, 0))
 
 
+@pytest.mark.threat("t_xattr_offset")
 def test_incomplete_value_is_not_set(client: Client, file: Path) -> None:
     os.setxattr(file, "user.a", b"old value")
     client.walk(1, 2)
@@ -152,6 +154,7 @@ def test_incomplete_value_is_not_set(client: Client, file: Path) -> None:
     assert os.getxattr(file, "user.a") == b"old value"
 
 
+@pytest.mark.threat("t_xattr_offset")
 def test_writing_past_the_announced_size(client: Client, file: Path) -> None:
     client.rpc(Txattrcreate(1, b"user.a", 4, 0))
     assert client.error(Twrite(1, 0, 5), b"12345") == "ENOSPC"
@@ -206,6 +209,7 @@ def test_new_fid_must_be_free(client: Client, file: Path) -> None:
     client.getattr(2)
 
 
+@pytest.mark.threat("t_xattr_ns")
 def test_bad_names(client: Client, file: Path) -> None:
     expected = {
         b"user.a\0b": "EINVAL",
@@ -237,6 +241,8 @@ def test_namespaces_of_passthrough(start_daemon: StartDaemon, file: Path) -> Non
         assert {b"user.x", b"trusted.x", b"security.x", b"security.capability"} <= found
 
 
+# With passthrough EPERM is the host's own answer, as for a local program.
+@pytest.mark.threat("t_xattr_ns")
 @pytest.mark.usefixtures("as_root")
 def test_namespaces_that_need_no_rights_over_the_host(client: Client, file: Path) -> None:
     for name, value in ((b"user.x", b"v"), (b"security.capability", CAPABILITY)):
@@ -247,6 +253,7 @@ def test_namespaces_that_need_no_rights_over_the_host(client: Client, file: Path
             client.set_xattr(1, name, b"v")
 
 
+@pytest.mark.threat("t_xattr_ns")
 @pytest.mark.usefixtures("as_root")
 def test_namespaces_of_model_none(start_daemon: StartDaemon, export: Path) -> None:
     path = export / "f"
@@ -283,6 +290,7 @@ def test_acl_that_is_none(client: Client, file: Path) -> None:
         client.set_xattr(1, DEFAULT, ACL)  # on a file
 
 
+@pytest.mark.threat("t_symlink_abs", "t_xattr_link")
 def test_symlinks_have_their_own(client: Client, export: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("")
@@ -293,6 +301,7 @@ def test_symlinks_have_their_own(client: Client, export: Path, tmp_path: Path) -
     assert os.listxattr(target) == []
 
 
+@pytest.mark.threat("t_xattr_link")
 @pytest.mark.usefixtures("as_root")
 def test_trusted_attributes_of_a_symlink(
     start_daemon: StartDaemon, export: Path, tmp_path: Path
@@ -316,6 +325,7 @@ def test_on_an_unlinked_file(client: Client, file: Path) -> None:
     assert client.get_xattr(3, b"") == b"user.a\0"
 
 
+@pytest.mark.threat("t_xattr_flood")
 def test_too_many_at_once(client: Client, file: Path) -> None:
     """A guest cannot pin values without end; QEMU's max_xattr has the same limit and errno."""
     os.setxattr(file, "user.a", b"v")
@@ -330,6 +340,7 @@ def test_too_many_at_once(client: Client, file: Path) -> None:
     client.rpc(Txattrwalk(1, 5000, b"user.a"))
 
 
+@pytest.mark.threat("t_xattr_shrink")
 def test_value_changed_by_the_host_in_a_loop(client: Client, wide: Path) -> None:
     """However the value grows and shrinks, what is read was the value at some time."""
     script = """

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -214,6 +215,7 @@ NO_FEATURES = Message(Header(Request.SET_PROTOCOL_FEATURES, VERSION, 8), bytes(8
 LOG_WITHOUT_SHMFD = Message(Header(Request.SET_LOG_BASE, VERSION, 0), b"", (), None)
 
 
+@pytest.mark.threat("t_vhost_fuzz")
 @settings(max_examples=400)
 @example(running=False, script=[(NO_FEATURES, 19), (LOG_WITHOUT_SHMFD, 19)])
 @given(st.booleans(), st.lists(st.tuples(messages(), st.integers(0, 19)), max_size=40))
