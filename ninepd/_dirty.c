@@ -28,7 +28,7 @@ struct np_log {
     int signal;    /* tells of new marks; -1 if nobody wants to know */
     enum signal_kind signal_kind;
     bool marked; /* since the last signal */
-    atomic_bool lost;
+    atomic_int lost;
     _Atomic uint64_t skipped; /* pages that the log is too small for */
 };
 

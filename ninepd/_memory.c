@@ -38,6 +38,9 @@ static int64_t np_device(int fd);
 
 static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
+/* Why a page is not there any more. */
+enum loss { NOTHING_LOST, TRUNCATED, POISONED };
+
 /* A piece of a file that the front end shares. */
 struct shared {
     uint8_t *host;
@@ -54,40 +57,40 @@ struct region {
 struct np_memory {
     uint32_t count;
     struct region regions[NP_REGIONS_MAX]; /* sorted by gpa */
-    atomic_bool lost;                      /* the front end truncated the file behind a region */
+    atomic_int lost;                       /* enum loss: of a page of any region */
 };
 
 /*
- * A front end can truncate the file behind its memory; touching such a page raises SIGBUS. The
- * handler finds the mapping here, puts a private zero page in the hole and flags the memory, and
- * the ring stops at its next look. A handler may take no lock, so entries are claimed and
- * published by atomics alone.
+ * A front end can truncate the file behind its memory, and the computer's memory can have an error;
+ * touching such a page raises SIGBUS. The handler finds the mapping here, puts a private zero page
+ * in the hole and flags the memory, and the ring stops at its next look. A handler may take no
+ * lock, so entries are claimed and published by atomics alone.
  */
 #define CLAIMED ((uintptr_t)1)
 
 static struct mapping {
     atomic_uintptr_t start, end; /* start: 0 free, CLAIMED being filled in */
     atomic_size_t page;
-    _Atomic(atomic_bool *) lost;
+    _Atomic(atomic_int *) lost;
 } mappings[8192];
 
 static struct sigaction previous_sigbus;
 
-static bool patch_hole(uintptr_t at) {
+static bool patch_hole(uintptr_t at, enum loss why) {
     for (size_t i = 0; i < sizeof(mappings) / sizeof(mappings[0]); i++) {
         struct mapping *entry = &mappings[i];
         uintptr_t start = atomic_load(&entry->start);
         if (start <= CLAIMED || at < start || at >= atomic_load(&entry->end))
             continue;
         size_t page = atomic_load(&entry->page);
-        atomic_bool *lost = atomic_load(&entry->lost);
+        atomic_int *lost = atomic_load(&entry->lost);
         if (atomic_load(&entry->start) != start)
             continue; /* the entry changed hands while we read it */
         void *hole = (void *)(at & ~(page - 1));
         if (mmap(hole, page, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
             return false;
-        atomic_store(lost, true);
+        atomic_store(lost, why);
         return true;
     }
     return false;
@@ -95,7 +98,9 @@ static bool patch_hole(uintptr_t at) {
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
     int saved = errno;
-    if (info->si_code <= 0 || !patch_hole((uintptr_t)info->si_addr)) {
+    bool poisoned = info->si_code == BUS_MCEERR_AR || info->si_code == BUS_MCEERR_AO;
+    enum loss why = poisoned ? POISONED : TRUNCATED;
+    if (info->si_code <= 0 || !patch_hole((uintptr_t)info->si_addr, why)) {
         /* Not ours: the old disposition gets it, by the same instruction faulting again. */
         sigaction(number, &previous_sigbus, NULL);
         if (info->si_code <= 0)
@@ -186,8 +191,8 @@ static bool in_a_file(uint64_t size, uint64_t offset) {
     return size && size <= INT64_MAX && offset <= INT64_MAX - size;
 }
 
-/* Maps a piece of a file; `lost` is set if the file is truncated below it. */
-static int map_shared(struct shared *s, uint64_t size, uint64_t offset, int fd, atomic_bool *lost) {
+/* Maps a piece of a file; `lost` is set, to an enum loss, if a page of it is gone. */
+static int map_shared(struct shared *s, uint64_t size, uint64_t offset, int fd, atomic_int *lost) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     size_t page;
     if (!in_a_file(size, offset))
@@ -259,7 +264,7 @@ static int np_memory_remove(np_memory *m, uint64_t gpa, uint64_t size, uint64_t 
 static void np_memory_clear(np_memory *m) {
     while (m->count)
         unmap_shared(&m->regions[--m->count].shared);
-    atomic_store(&m->lost, false);
+    atomic_store(&m->lost, NOTHING_LOST);
 }
 
 static void np_memory_free(np_memory *m) {

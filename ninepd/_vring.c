@@ -119,8 +119,12 @@ struct np_vring {
 };
 
 static bool lost(np_vring *v) {
-    return atomic_load(&v->chains.memory->lost) &&
-           broken(&v->chains, "guest memory vanished: the front end truncated the file behind it");
+    static const char *const reasons[] = {
+        [TRUNCATED] = "guest memory vanished: the front end truncated the file behind it",
+        [POISONED] = "guest memory vanished: an uncorrectable error of this computer's memory",
+    };
+    int why = atomic_load(&v->chains.memory->lost);
+    return why != NOTHING_LOST && broken(&v->chains, "%s", reasons[why]);
 }
 
 static uint16_t load16(_Atomic uint16_t *p, memory_order order) {
