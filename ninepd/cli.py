@@ -13,6 +13,7 @@ import click
 from ninepd import __version__, config, qemu, supervisor
 from ninepd.errors import UsageError
 from ninepd.logs import start_logging
+from ninepd.p9.limits import MAX_FIDS
 from ninepd.process import open_standard_descriptors, write_error
 
 USAGE_ERROR: Final = 2
@@ -202,6 +203,14 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=config.DEFAULT_MSIZE_MAX,
             show_default=True,
             help="Largest 9P message to agree on.",
+        ),
+        click.option(
+            "--fids-max",
+            type=int,
+            metavar="N",
+            default=MAX_FIDS,
+            show_default=True,
+            help="Files that a guest may refer to at once, at about 370 bytes of memory each.",
         ),
         click.option(
             "--poll-us",

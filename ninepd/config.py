@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from ninepd.errors import UsageError
-from ninepd.p9.limits import MIN_MSIZE
+from ninepd.p9.limits import MAX_FIDS, MIN_FIDS, MIN_MSIZE
 from ninepd.syscalls import NO_ID
 from ninepd.throttle import Rates
 
@@ -78,6 +78,7 @@ class Export(Rates):
     trusted_xattrs: bool = False
     allow_unsafe_export: bool = False
     msize_max: int = DEFAULT_MSIZE_MAX
+    fids_max: int = MAX_FIDS
     poll_us: int = DEFAULT_POLL_US
 
     def __post_init__(self) -> None:
@@ -95,6 +96,8 @@ class Export(Rates):
         self.check_rates()
         if self.msize_max < MIN_MSIZE:
             raise UsageError(f"--msize-max: {self.msize_max} is below {MIN_MSIZE}, the least")
+        if self.fids_max < MIN_FIDS:
+            raise UsageError(f"--fids-max: {self.fids_max} is below {MIN_FIDS}, the least")
         if not 0 <= self.poll_us <= 10_000:
             raise UsageError(f"--poll-us: {self.poll_us} is not between 0 and 10000")
 

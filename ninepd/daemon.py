@@ -224,7 +224,7 @@ class ExportServer:
             return
         log.info("%s: front end connected (%s)", self._tag, _peer(connected))
         export = self._offer.export
-        service = Service(self._tree, export.msize_max, export.tag, self._throttle)
+        service = Service(self._tree, export.msize_max, export.fids_max, export.tag, self._throttle)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
 
     def _connection_left(self) -> None:

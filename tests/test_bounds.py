@@ -4,7 +4,19 @@ import os
 import socket
 from pathlib import Path
 
-from ninepd.p9.messages import LockType, Tlcreate, Tlock, Tread, Twrite
+import pytest
+
+from ninepd.p9.messages import (
+    NOFID,
+    LockType,
+    Tattach,
+    Tlcreate,
+    Tlock,
+    Tread,
+    Twalk,
+    Twrite,
+    Txattrwalk,
+)
 from tests.conftest import Mount, StartDaemon
 from tests.support import reclaim
 from tests.support.client import ROOT, Client, Daemon
@@ -18,6 +30,7 @@ MAX_RANGES = 4096
 # msize
 
 
+@pytest.mark.threat("t_counts")
 def test_write_of_more_than_msize(daemon: Daemon, export: Path) -> None:
     """Whole messages count, and it is refused as a whole."""
     msize, header = 4096, 23
@@ -30,6 +43,7 @@ def test_write_of_more_than_msize(daemon: Daemon, export: Path) -> None:
         assert client.write(1, 0, bytes(msize - header)) == msize - header
 
 
+@pytest.mark.threat("t_counts")
 def test_read_of_more_than_msize(daemon: Daemon, export: Path) -> None:
     msize, header = 4096, 11
     (export / "f").write_bytes(os.urandom(20_000))
@@ -41,9 +55,39 @@ def test_read_of_more_than_msize(daemon: Daemon, export: Path) -> None:
             assert data == (export / "f").read_bytes()[: msize - header]
 
 
+# Fids
+
+
+@pytest.mark.threat("t_fid_flood")
+def test_fids_are_as_many_as_was_said(start_daemon: StartDaemon, export: Path) -> None:
+    """Each message that makes one is refused then, and does nothing; a clunk makes room."""
+    most = 100
+    (export / "f").write_text("text")
+    with Client(start_daemon("--fids-max", str(most)).socket) as client:
+        client.attach()
+        client.open(ROOT, 1, b"f")
+        for fid in range(2, most):
+            client.walk(ROOT, fid)
+        refused = (
+            Twalk(ROOT, most, (b"f",)),
+            Tattach(most, NOFID, b"", b"", 0),
+            Txattrwalk(1, most, b""),
+        )
+        for message in refused:
+            assert client.error(message) == "ENFILE"
+        assert client.read(1, 0, 9) == b"text"
+        client.walk(2, 2, b"f")  # takes no other number
+        client.clunk(2)
+        client.walk(ROOT, most, b"f")
+        assert client.error(Twalk(ROOT, 2, ())) == "ENFILE"
+        client.attach()  # a Tversion takes them all back
+        client.walk(ROOT, 2)
+
+
 # Descriptors
 
 
+@pytest.mark.threat("t_open_flood")
 def test_create_without_descriptors_leaves_no_file(start: Start, export: Path) -> None:
     _, client = start(*BY_NAME)
     created = 0
@@ -60,6 +104,7 @@ def test_create_without_descriptors_leaves_no_file(start: Start, export: Path) -
     client.rpc(Tlcreate(fid, b"now", 0x8042, 0o644, 0))
 
 
+@pytest.mark.threat("t_open_flood")
 def test_locks_take_descriptors_of_the_guest_only(start: Start, export: Path) -> None:
     daemon, client = start(*BY_NAME)
     for fid in range(1, LIMIT):

@@ -58,6 +58,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "trusted-xattrs": "false",
         "allow-unsafe-export": "true",
         "msize-max": "8192",
+        "fids-max": "1000",
         "poll-us": "0",
         **THROTTLE,
     }
@@ -65,12 +66,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     (loaded,) = load(write(tmp_path, text))
     named = {"export", "tag", "socket-path", "fd", *more}
     assert named == {field.name.replace("_", "-") for field in fields(Export)}
-    assert (loaded.security_model, loaded.readonly, loaded.msize_max, loaded.poll_us) == (
-        "mapped-xattr",
-        True,
-        8192,
-        0,
-    )
+    assert (loaded.security_model, loaded.readonly) == ("mapped-xattr", True)
+    assert (loaded.msize_max, loaded.fids_max, loaded.poll_us) == (8192, 1000, 0)
     assert (loaded.socket_gid, loaded.socket_permissions) == (0, 0o660)
     assert loaded.allow_uid == (0, 4321)
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
@@ -96,6 +93,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ("msize-max = 8192.5", "msize-max must be a whole number"),
         ("msize-max = 4095", "line 5 (export 1): --msize-max: 4095 is below 4096"),
         ("msize-max = -1", "--msize-max"),
+        ("fids-max = 15", "line 5 (export 1): --fids-max: 15 is below 16"),
+        ("fids-max = 1e6", "fids-max must be a whole number"),
         ("poll-us = -1", "--poll-us"),
         ("poll-us = 10001", "--poll-us"),
         ("security-model = 5", "security-model must be a string"),

@@ -20,6 +20,7 @@ from ninepd.export.tree import Tree
 from ninepd.listing import Run
 from ninepd.ops.fid import DOOMED, RELEASED, Fid
 from ninepd.ops.locks import LockTable
+from ninepd.p9.limits import MAX_FIDS
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
 from ninepd.statelock import GUEST, state_lock
@@ -35,14 +36,14 @@ END_SLICE: Final = 512
 class Guest:
     """One guest's fids, locks, values of extended attributes, and session on an export."""
 
-    def __init__(self, tree: Tree, msize_max: int, tag: str = "") -> None:
+    def __init__(self, tree: Tree, msize_max: int, fids_max: int = MAX_FIDS, tag: str = "") -> None:
         """``tag`` is what the export is called in the log."""
         self.tag = tag
         self.tree = tree
         self.host = tree.host
         self.readonly = tree.host.readonly
         self._msize_max = msize_max
-        self.session: Session[Fid] = Session(words_for)
+        self.session: Session[Fid] = Session(words_for, fids_max)
         self.locks = LockTable(tree)
         self.xattr_fids = 0
         self.last_run: Run | None = None
@@ -190,18 +191,27 @@ class Service:
     """An export, and whatever session a guest has with it now."""
 
     def __init__(
-        self, tree: Tree, msize_max: int, tag: str, throttle: Throttle | None = None
+        self,
+        tree: Tree,
+        msize_max: int,
+        fids_max: int,
+        tag: str,
+        throttle: Throttle | None = None,
     ) -> None:
         self.throttle: Final = throttle
         """How fast guests may read and write, if that is limited."""
         self._tree = tree
-        self._tag = tag
         self._msize_max = msize_max
-        self.guest = Guest(tree, msize_max, tag)
+        self._fids_max = fids_max
+        self._tag = tag
+        self.guest = self._fresh()
 
     def renew(self) -> Guest:
         """The session is over, and a new one may begin. Returns the old guest, for its ``end``,
         which may take as long as the storage of its files takes.
         """
-        old, self.guest = self.guest, Guest(self._tree, self._msize_max, self._tag)
+        old, self.guest = self.guest, self._fresh()
         return old
+
+    def _fresh(self) -> Guest:
+        return Guest(self._tree, self._msize_max, self._fids_max, self._tag)

@@ -38,9 +38,10 @@ def _dialect(version: bytes) -> Dialect | None:
 class Session(Generic[F]):
     """Between one Tversion and the next. ``msize`` is 0 until the first."""
 
-    def __init__(self, words: Callable[[int], bytes]) -> None:
+    def __init__(self, words: Callable[[int], bytes], fids_max: int = MAX_FIDS) -> None:
         """``words`` says what an errno means, for those dialects that know no numbers."""
         self._words = words
+        self._fids_max = fids_max
         self.msize = 0
         self.dialect = Dialect.L
         self.fids: FidTable[F] = FidTable()
@@ -79,8 +80,8 @@ class Session(Generic[F]):
         """EINVAL if a new fid may not have this number, ENFILE if there are too many."""
         if number == NOFID or self.fids.get(number) is not None:
             raise OSError(errno.EINVAL, f"fid {number} is in use")
-        if len(self.fids) >= MAX_FIDS:
-            raise OSError(errno.ENFILE, f"{MAX_FIDS} fids are in use")
+        if len(self.fids) >= self._fids_max:
+            raise OSError(errno.ENFILE, f"{self._fids_max} fids are in use")
 
     def add(self, number: int, fid: F) -> None:
         """Give a fid its number; EINVAL if that was given away meanwhile."""
