@@ -9,9 +9,10 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editab
 C_SOURCES := $(wildcard ninepd/*.c)
 # Some of these are compiled, too: setup.py says which.
 PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
-C_FILES := $(C_SOURCES) $(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h)
+C_FILES := $(C_SOURCES) \
+	$(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h tests/support/*.c)
 
-.PHONY: all bench clean demo demo-guest format guests lint test test-guest test-quick wheel
+.PHONY: all bench clean demo demo-guest format guests lint soak test test-guest test-quick wheel
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
@@ -43,6 +44,10 @@ test-guest: $(VENV)/built
 # All but the booted guests.
 test-quick: $(VENV)/built
 	$(BIN)/pytest --ignore=tests/guest $(PYTEST_ARGS)
+
+# A million attempts to race the host, of which `make test` makes ten thousand.
+soak: $(VENV)/built
+	NINEPD_RACES=1000000 $(BIN)/pytest -s tests/test_races.py $(PYTEST_ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ from typing import NamedTuple, Self
 
 OPEN = 0x20
 EVERYTHING = 0xFFF
+CHANGES = 0xFC6
+"""All but reading and opening."""
 _DONT_FOLLOW = 0x02000000
 _EVENT = struct.Struct("=iIII")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,6 +29,9 @@ class Watch:
     def __init__(self, *paths: Path, mask: int = EVERYTHING) -> None:
         self._fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         self._paths: dict[int, Path] = {}
+        self.add(*paths, mask=mask)
+
+    def add(self, *paths: Path, mask: int) -> None:
         for path in paths:
             number = _libc.inotify_add_watch(self._fd, os.fsencode(path), mask | _DONT_FOLLOW)
             if number < 0:
