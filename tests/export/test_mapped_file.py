@@ -25,7 +25,7 @@ from ninepd.p9.messages import (
     Tversion,
     Twalk,
 )
-from tests.conftest import OTHER_USER, StartDaemon
+from tests.conftest import OTHER_USER, Mount, StartDaemon
 from tests.support.client import ROOT, Client
 from tests.support.mapped import META, META_ROOT, kept_in_files, make
 
@@ -154,6 +154,14 @@ def test_hidden_from_old_clients(client: Client) -> None:
 )
 def test_names_that_fold_to_them(name: bytes, hidden: bool) -> None:
     assert is_metadata(name) == hidden
+
+
+@pytest.mark.threat("t_meta_casefold")
+def test_their_directory_is_hidden_by_any_name(client: Client, top: Path, mount: Mount) -> None:
+    """In case that a file system folds names in a way that is not known here."""
+    mount(top / "other", "--bind", top / META)
+    assert client.error(Twalk(ROOT, 9, (b"other",))) == "EINVAL"
+    assert client.error(Twalk(ROOT, 9, (b"other", b"d"))) == "EINVAL"
 
 
 def test_a_directory_of_many_hidden_names(client: Client, top: Path) -> None:

@@ -1,5 +1,6 @@
 """What names, links and special files lead to outside the export: nothing comes of it."""
 
+import errno
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ninepd import syscalls
 from ninepd.p9 import messages as p9
 from ninepd.p9.messages import SetattrValid
 from ninepd.p9.stat import UNTOUCHED_32, UNTOUCHED_64, LegacyStat, encode_stat
@@ -111,6 +113,30 @@ def test_a_name_that_is_a_path_reaches_no_system_call(
         name for name in named if "/" in name and not name.startswith("/proc/self/fd/")
     } == set()
     assert os.listdir(export) == ["file"]
+
+
+@pytest.mark.threat("t_slash", "t_dotdot_root", "t_symlink_mid")
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        (b"..", errno.EXDEV),
+        (b"d/../..", errno.EXDEV),
+        (b"/etc", errno.EXDEV),
+        (b"link/f", errno.ELOOP),
+        (b"link/", errno.ELOOP),
+    ],
+)
+def test_the_scoped_look_up_does_not_rely_on_names(export: Path, name: bytes, code: int) -> None:
+    """The second wall: it would hold if such names came to it."""
+    (export / "d").mkdir()
+    (export / "link").symlink_to(export.parent)
+    top = os.open(export, os.O_PATH)
+    try:
+        for call in (lambda: syscalls.walk(top, name), lambda: syscalls.open_scoped(top, name, 0)):
+            with pytest.raises(OSError, match=os.strerror(code)):
+                call()
+    finally:
+        os.close(top)
 
 
 # Links
