@@ -27,6 +27,8 @@ SOURCES = (
     "_listing.c",
     "_process.c",
     "_privileges.c",
+    "_walls.c",
+    "_seccomp.c",
 )
 """In this order: each uses what stands before it."""
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from collections.abc import Collection
 from functools import cache
 from typing import Final, Protocol, cast
 
@@ -14,7 +15,7 @@ _REACHING: Final = {"DAC_OVERRIDE": 1, "FOWNER": 3}
 """To change any user's files."""
 _CREATING: Final = {**_REACHING, "CHOWN": 0, "SETGID": _SETGID, "SETUID": 7}
 """To create them as any user, too."""
-_SETPCAP: Final = 8
+CAP_SETPCAP: Final = 8
 _ALSO: Final = {"FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
 """Set-ID bits, device nodes and file capabilities are guests' to make where files are."""
 CAP_SYS_ADMIN: Final = 21
@@ -30,18 +31,22 @@ _lib: Final = cast("_Lib", _libvring.lib)
 
 def privileged() -> bool:
     """May this process create files as any user?"""
-    return has_capabilities(*_CREATING.values(), _SETPCAP)
+    return has_capabilities(*_CREATING.values(), CAP_SETPCAP)
 
 
 @cache
-def has_capabilities(*bits: int) -> bool:
-    """Did this process have all of them in effect when it was asked first?"""
+def _at_first() -> int:
+    """What was in effect when that was asked first, as a mask: before any was given up."""
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("CapEff:"):
-                effective = int(line.split()[1], 16)
-                return all(effective >> bit & 1 for bit in bits)
-    return False
+                return int(line.split()[1], 16)
+    return 0
+
+
+def has_capabilities(*bits: int) -> bool:
+    """Had this process all of them in effect when it was asked first?"""
+    return all(_at_first() >> bit & 1 for bit in bits)
 
 
 def _may_set_groups() -> bool:
@@ -50,12 +55,11 @@ def _may_set_groups() -> bool:
         return answer.read().strip() == "allow"
 
 
-def give_up(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> None:
-    """Keep what serving an export needs; the rest is gone for good. Before there are threads.
+def needed(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> frozenset[int]:
+    """What serving an export takes, of that which this process had at first.
 
     ``as_others``: files are created as the guest's users; else all are ours. ``by_handle``: they
-    are found again by file handle. Nothing that is executed gets more, and no dump of memory is
-    left on disk. UsageError if securebits are locked so that a guest's user would take them away.
+    are found again by file handle.
     """
     keep = {*_REACHING.values()}
     if as_others and privileged():
@@ -64,8 +68,17 @@ def give_up(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> None:
             keep.add(CAP_SYS_ADMIN)
     if by_handle:
         keep.add(CAP_DAC_READ_SEARCH)
+    return frozenset(bit for bit in keep if has_capabilities(bit))
+
+
+def give_up(keep: Collection[int]) -> None:
+    """Keep these; the rest is gone for good. Before there are threads.
+
+    Nothing that is executed gets more, and no dump of memory is left on disk. UsageError if
+    securebits are locked so that a guest's user would take them away.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if has_capabilities(_SETGID) and _may_set_groups():
+    if os.getgroups() and has_capabilities(_SETGID) and _may_set_groups():
         os.setgroups([])
     error = _lib.nd_keep_only(sum(1 << bit for bit in keep))
     if error:

@@ -179,6 +179,23 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "handles where that can be done, else by names.",
         ),
         click.option(
+            "--sandbox",
+            metavar="MODE",
+            default="auto",
+            show_default=True,
+            help="Shut the daemon in. namespace: DIR is all that it can reach (as root, or by a "
+            "user namespace). landlock: DIR is all that it can read or change. none: neither. "
+            "auto: the strongest that changes nothing for guests.",
+        ),
+        click.option(
+            "--host-mounts",
+            metavar="MODE",
+            default="follow",
+            show_default=True,
+            help="What the host mounts below DIR later: follow shows it to guests, ignore does not "
+            "(with namespace).",
+        ),
+        click.option(
             "--allow-kernel-filesystems",
             is_flag=True,
             help="Serve procfs, sysfs and the like below DIR, too: through them a guest can change "

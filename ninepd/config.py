@@ -40,6 +40,23 @@ class Multidevs(StrEnum):
     WARN = "warn"
 
 
+class Sandbox(StrEnum):
+    """What the process of an export is shut in with (sandbox.py)."""
+
+    AUTO = "auto"
+    """The strongest that changes nothing for guests."""
+    NAMESPACE = "namespace"
+    LANDLOCK = "landlock"
+    NONE = "none"
+
+
+class HostMounts(StrEnum):
+    """What becomes of mounts that the host makes below the export while it is served."""
+
+    FOLLOW = "follow"
+    IGNORE = "ignore"
+
+
 class Reclaim(StrEnum):
     """How a file is found again whose descriptor was reclaimed because they run short."""
 
@@ -74,6 +91,8 @@ class Export(Rates):
     writeout: str | None = None
     multidevs: str = Multidevs.REMAP.value
     reclaim: str = Reclaim.AUTO.value
+    sandbox: str = Sandbox.AUTO.value
+    host_mounts: str = HostMounts.FOLLOW.value
     allow_kernel_filesystems: bool = False
     trusted_xattrs: bool = False
     allow_unsafe_export: bool = False
@@ -93,6 +112,8 @@ class Export(Rates):
             _check_choice("writeout", self.writeout, Writeout)
         _check_choice("multidevs", self.multidevs, Multidevs)
         _check_choice("reclaim", self.reclaim, Reclaim)
+        _check_choice("sandbox", self.sandbox, Sandbox)
+        _check_choice("host-mounts", self.host_mounts, HostMounts)
         self.check_rates()
         if self.msize_max < MIN_MSIZE:
             raise UsageError(f"--msize-max: {self.msize_max} is below {MIN_MSIZE}, the least")

@@ -17,9 +17,9 @@ from typing import Final, NamedTuple
 
 import uvloop
 
-from ninepd import foreign, systemd
-from ninepd.capabilities import CAP_DAC_READ_SEARCH, give_up, has_capabilities
-from ninepd.config import MAPPED, Export, Multidevs, Reclaim
+from ninepd import foreign, sandbox, systemd
+from ninepd.capabilities import CAP_DAC_READ_SEARCH, give_up, has_capabilities, needed
+from ninepd.config import MAPPED, Export, HostMounts, Multidevs, Reclaim, Sandbox
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
 from ninepd.export.descriptors import budget_of
@@ -61,6 +61,11 @@ class Offer:
             self.open_tree().close()
             refuse_unsafe(export, self.model, self._directory)
             self.listener = Listener(export)
+            try:
+                self.sandbox = self._choose_sandbox()
+            except BaseException:
+                self.listener.remove()
+                raise
         except BaseException:
             os.close(self._directory)
             raise
@@ -70,7 +75,7 @@ class Offer:
         readonly = ", read-only" if export.readonly else ""
         return (
             f"{export.export} as {export.tag} at {where}"
-            f" ({self.model}, reclaim {export.reclaim}{readonly})"
+            f" ({self.model}, reclaim {export.reclaim}{readonly}, sandbox {self.sandbox.mode})"
         )
 
     def open_tree(self) -> Tree:
@@ -101,13 +106,49 @@ class Offer:
             )
         return tree
 
-    def give_up_privileges(self) -> None:
-        """This process will serve the export, and do nothing else any more."""
-        give_up(
+    def _choose_sandbox(self) -> sandbox.Choice:
+        export = self.export
+        by_handle = export.reclaim != Reclaim.NAMES and has_capabilities(CAP_DAC_READ_SEARCH)
+        choice = sandbox.choose(Sandbox(export.sandbox), self._rooms, by_handle)
+        if export.host_mounts == HostMounts.IGNORE and choice.mode is not Sandbox.NAMESPACE:
+            raise UsageError(
+                f"--host-mounts: sandbox {choice.mode} leaves the host's mounts; ignore goes with "
+                "namespace"
+            )
+        for lack in choice.lacks:
+            level = logging.WARNING if choice.mode is Sandbox.NONE else logging.INFO
+            log.log(level, "%s: sandbox %s, %s", export.tag, choice.mode, lack)
+        return choice
+
+    @property
+    def capabilities(self) -> frozenset[int]:
+        """What serving it takes, once it is shut in."""
+        return needed(
             as_others=self.model not in MAPPED,
             by_handle=self.export.reclaim != Reclaim.NAMES,
             trusted_xattrs=self.export.trusted_xattrs,
         )
+
+    @property
+    def _rooms(self) -> sandbox.Rooms:
+        return sandbox.Rooms(
+            self._directory,
+            self.listener.folder,
+            self.export.readonly,
+            self.export.host_mounts == HostMounts.FOLLOW,
+        )
+
+    def shut_in(self) -> None:
+        """This process will serve the export, and do nothing else any more.
+
+        Before it has a loop, which could keep ways around what follows.
+        """
+        systemd.connect()
+        foreign.remember_mounts()
+        keep = self.capabilities
+        sandbox.enter(self.sandbox, self._rooms)
+        give_up(keep)
+        sandbox.finish(self.sandbox)
 
     def close(self) -> None:
         """Another process serves it: let its descriptors go."""
@@ -262,7 +303,6 @@ async def _serve(offer: Offer, once: bool) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
     server = ExportServer(offer, loop, stop.set, once)
-    offer.give_up_privileges()
     try:
         server.start()
         systemd.notify("READY=1", f"STATUS=Serving {offer}")
@@ -275,4 +315,5 @@ async def _serve(offer: Offer, once: bool) -> None:
 def serve(offer: Offer, once: bool) -> None:
     """Serve until SIGTERM or SIGINT, or until no further front end can or shall come."""
     name_process(offer.export.tag)
+    offer.shut_in()
     uvloop.run(_serve(offer, once))

@@ -15,6 +15,7 @@ import re
 import socket
 import stat
 import threading
+from functools import cache
 from typing import Final
 
 from ninepd.errors import Refused
@@ -92,6 +93,12 @@ def _is_shared_memory(fd: int) -> bool:
     return True
 
 
+@cache
+def remember_mounts() -> int:
+    """The host's list of mounts, which goes on to tell of them where they cannot be reached."""
+    return os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _file_system(fd: int) -> str | None:
     """The type of the file system that a file is on, if that is mounted here.
 
@@ -104,8 +111,10 @@ def _file_system(fd: int) -> str | None:
         found = _MOUNT_ID.search(info.read())
     mount_id = found[1] if found else ""
     types: dict[str, str] = {}
-    with open("/proc/self/mountinfo", errors="replace") as mounts:
-        lines = mounts.readlines()
+    mounts = remember_mounts()
+    os.lseek(mounts, 0, os.SEEK_SET)
+    with open(mounts, errors="replace", closefd=False) as listed:
+        lines = listed.readlines()
     for line in lines:
         about, _, file_system = line.partition(" - ")
         number, _parent, device, *_ = about.split()

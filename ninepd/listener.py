@@ -47,6 +47,11 @@ class Listener:
             self.socket.set_inheritable(False)
         self.listening = bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
+    @property
+    def folder(self) -> int | None:
+        """The folder of its name, if that is ours to remove."""
+        return None if self._place is None else self._place.folder
+
     def close(self) -> None:
         """Let it go; what others have of it stays, and so does its name."""
         self.socket.close()
@@ -67,11 +72,11 @@ class _Place:
 
     def __init__(self, path: str, export: Export) -> None:
         folder, self._name = os.path.split(path)
-        self._folder = _open_folder(folder or ".")
+        self.folder = _open_folder(folder or ".")
         self._inode = -1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with _locked(self._folder):
+            with _locked(self.folder):
                 self._refuse_occupied(path)
                 self._listen(export)
         except BaseException:
@@ -80,21 +85,21 @@ class _Place:
             raise
 
     def close(self) -> None:
-        os.close(self._folder)
+        os.close(self.folder)
         if self._inode >= 0:
             os.close(self._inode)
 
     def remove(self) -> None:
-        with _locked(self._folder, 0):
+        with _locked(self.folder, 0):
             # The inode cannot be another's: we have held it since.
-            there = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            there = os.stat(self._name, dir_fd=self.folder, follow_symlinks=False)
             if os.path.samestat(os.fstat(self._inode), there):
-                os.unlink(self._name, dir_fd=self._folder)
+                os.unlink(self._name, dir_fd=self.folder)
 
     def _refuse_occupied(self, path: str) -> None:
         """UsageError unless there is nothing, or a socket that nobody listens on any more."""
         try:
-            occupant = _hold(self._name, self._folder)
+            occupant = _hold(self._name, self.folder)
         except FileNotFoundError:
             return
         try:
@@ -108,13 +113,13 @@ class _Place:
             os.close(occupant)
 
     def _listen(self, export: Export) -> None:
-        with _private_folder(self._folder) as private:
+        with _private_folder(self.folder) as private:
             self.socket.bind(f"{fd_path(private)}/{_UNNAMED}")
             try:
                 self._inode = _hold(_UNNAMED, private)
                 self._let_in(export)
                 self.socket.listen(_BACKLOG)
-                os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self._folder)
+                os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self.folder)
             except BaseException:
                 os.unlink(_UNNAMED, dir_fd=private)
                 raise

@@ -6,6 +6,7 @@ that has gone, is no reason for anything to fail.
 
 import logging
 import math
+import sys
 import time
 from typing import Final
 
@@ -80,7 +81,19 @@ class LineHandler(logging.Handler):
 def start_logging(verbose: bool, trace: bool) -> None:
     """Log what needs attention; with ``verbose`` who comes and goes, with ``trace`` everything."""
     handler = LineHandler()
-    handler.setFormatter(logging.Formatter(_TRACE_FORMAT if trace else _FORMAT))
+    formatter = logging.Formatter(_TRACE_FORMAT if trace else _FORMAT)
+    formatter.converter = time.gmtime  # the zone's file is out of reach once we are shut in
+    formatter.default_msec_format = "%s.%03dZ"
+    handler.setFormatter(formatter)
+    _rehearse(formatter)
     level = logging.DEBUG if trace else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)
+
+
+def _rehearse(formatter: logging.Formatter) -> None:
+    """Show an exception once: Python loads now what it could not find once we are shut in."""
+    try:
+        [][0] + 1
+    except IndexError:
+        formatter.formatException(sys.exc_info())

@@ -5,6 +5,7 @@ import os
 import resource
 import select
 import sys
+from collections.abc import Collection
 from typing import Final, Protocol, cast
 
 import ninepd._libvring as _libvring
@@ -32,6 +33,15 @@ def open_standard_descriptors() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def close_inherited(keep: Collection[int]) -> None:
+    """What whoever started us has left open by mistake must not be in reach of a guest."""
+    after = 3
+    for fd in sorted(keep):
+        os.closerange(after, fd)
+        after = max(after, fd + 1)
+    os.closerange(after, os.sysconf("SC_OPEN_MAX"))
 
 
 def write_error(line: str) -> None:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Final, NoReturn
 
-from ninepd import daemon, systemd
-from ninepd.capabilities import privileged
-from ninepd.config import Config
+from ninepd import daemon, sandbox, systemd
+from ninepd.capabilities import CAP_SETPCAP, CAP_SYS_ADMIN, give_up, privileged
+from ninepd.config import Config, Sandbox
 from ninepd.daemon import Offer
-from ninepd.process import name_process, raise_file_limit
+from ninepd.process import close_inherited, name_process, raise_file_limit
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class _Supervisor:
         # What is never looked at again stays shared by all that are forked.
         gc.collect()
         gc.freeze()
+        self._shut_in()
         self._start_due()
         systemd.notify("READY=1", f"STATUS=Serving {len(self._workers)} exports")
         while self._running or self._next_due is not None:
@@ -88,6 +89,17 @@ class _Supervisor:
                 self._follow_up(worker, status)
             self._start_due()
         return self._status
+
+    def _shut_in(self) -> None:
+        """As far as those can be who still have to shut themselves in."""
+        offers = [worker.offer for worker in self._workers]
+        keep = {CAP_SETPCAP}.union(*(offer.capabilities for offer in offers))
+        if any(offer.sandbox.mode is Sandbox.NAMESPACE for offer in offers):
+            keep.add(CAP_SYS_ADMIN)
+        systemd.connect()
+        give_up(keep)
+        if all(offer.sandbox.mode is not Sandbox.NONE for offer in offers):
+            sandbox.watch()
 
     # Waiting
 
@@ -199,6 +211,7 @@ def _described(status: int) -> str:
 
 def serve(config: Config) -> int:
     """Serve all exports until told to stop; returns the exit status. UsageError: none is served."""
+    close_inherited({export.fd for export in config.exports if export.fd is not None})
     file_limit = raise_file_limit()
     offers: list[Offer] = []
     try:

@@ -1,5 +1,6 @@
 """Fixtures of all tests: a live daemon on a fresh directory, and a client on it."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,23 @@ import pytest
 os.environ["NINEPD_CHECKS"] = "1"  # read when ninepd is imported, and inherited by daemons
 
 from tests.support.client import Client, Daemon
+
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
+_RECURSIVE, _PRIVATE, _SHARED = 1 << 14, 1 << 18, 1 << 20  # MS_REC and so on
+
+
+def _have_own_mounts() -> None:
+    """What tests mount nobody else sees; and as on a machine of systemd's, mounts are shared.
+
+    So they appear in the mount namespaces of daemons that run already (mount_namespaces(7)).
+    """
+    libc = ctypes.CDLL(None)
+    if libc.unshare(_NEW_MOUNTS) == 0:
+        for how in (_PRIVATE, _SHARED):
+            assert libc.mount(None, b"/", None, _RECURSIVE | how, None) == 0
+
+
+_have_own_mounts()
 
 StartDaemon = Callable[..., Daemon]
 THREATS: dict[str, dict[str, Any]] = tomllib.loads(

@@ -54,6 +54,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "writeout": '"immediate"',
         "multidevs": '"forbid"',
         "reclaim": '"handles"',
+        "sandbox": '"landlock"',
+        "host-mounts": '"ignore"',
         "allow-kernel-filesystems": "true",
         "trusted-xattrs": "false",
         "allow-unsafe-export": "true",
@@ -72,6 +74,7 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     assert loaded.allow_uid == (0, 4321)
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
+    assert (loaded.sandbox, loaded.host_mounts) == ("landlock", "ignore")
     assert loaded.writeout == "immediate"
     assert loaded.rate("iops", "write") == (7, 70, 3)
     assert loaded.throttle_iops_size == 4096

@@ -23,7 +23,7 @@ LAYERS: Final = (
     {"qemu"},
     {"supervisor"},
     {"daemon"},
-    {"connection", "exposure", "listener", "systemd"},
+    {"connection", "exposure", "listener", "sandbox", "systemd"},
     {"control", "device", "frontend"},
     {"throttled"},
     {"pipeline"},
@@ -35,7 +35,7 @@ LAYERS: Final = (
     {"config"},
     {"vhostuser", "p9", "listing", "owners"},
     {"logs"},
-    {"foreign"},
+    {"foreign", "walls"},
     {"vring", "syscalls", "stats", "capabilities", "process", "mounts", "throttle"},
     {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )

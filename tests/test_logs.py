@@ -96,13 +96,14 @@ def test_quiet_by_default(start_daemon: StartDaemon) -> None:
 
 
 def test_what_is_served_where(start_daemon: StartDaemon, export: Path) -> None:
-    daemon = start_daemon("-v", "--readonly", "--security-model", "none")
+    daemon = start_daemon("-v", "--readonly", "--security-model", "none", "--sandbox", "none")
     with Client(daemon.socket) as client:
         client.attach(uid=1000, msize=16384)
     assert daemon.stop() == 0
     first, *others = daemon.log.splitlines()
     assert first == (
-        f"ninepd: serving {export} as test at {daemon.socket} (none, reclaim auto, read-only)"
+        f"ninepd: serving {export} as test at {daemon.socket} "
+        "(none, reclaim auto, read-only, sandbox none)"
     )
     (mounted,) = [line for line in others if "mounted" in line]
     assert mounted == "ninepd: test: mounted, version 9P2000.L, msize 16384, user 1000"
