@@ -17,6 +17,7 @@ from setuptools import Extension, setup
 HOT = [
     "ninepd/answers.py",
     "ninepd/framing.py",
+    "ninepd/ids.py",
     "ninepd/jobs.py",
     "ninepd/listing.py",
     "ninepd/mounts.py",

@@ -89,18 +89,26 @@ uint32_t nd_mode_at(int dirfd, const char *name, uint32_t host) {
     return nd_shown_mode(host, le32toh(mode));
 }
 
+/* Where they are in the body of an Rgetattr, which put_attributes() writes. */
+enum {
+    ND_BODY_TYPE = 8,
+    ND_BODY_MODE = 21,
+    ND_BODY_UID = 25,
+    ND_BODY_GID = 29,
+    ND_BODY_RDEV = 41,
+};
+
 /* Put it into the body of an Rgetattr that shows the host's. */
 void nd_put_owner(uint8_t *body, uint32_t uid, uint32_t gid, uint32_t mode, uint64_t rdev) {
-    enum { TYPE = 8, MODE = 21, UID = 25, GID = 29, RDEV = 41 };
     uint32_t host;
-    memcpy(&host, body + MODE, sizeof host);
+    memcpy(&host, body + ND_BODY_MODE, sizeof host);
     mode = nd_shown_mode(le32toh(host), mode);
-    put8(body + TYPE, qid_type(mode));
-    put32(body + MODE, mode);
+    put8(body + ND_BODY_TYPE, qid_type(mode));
+    put32(body + ND_BODY_MODE, mode);
     if (uid != UINT32_MAX)
-        put32(body + UID, uid);
+        put32(body + ND_BODY_UID, uid);
     if (gid != UINT32_MAX)
-        put32(body + GID, gid);
+        put32(body + ND_BODY_GID, gid);
     if (rdev != UINT64_MAX)
-        put64(body + RDEV, wire_device(major(rdev), minor(rdev)));
+        put64(body + ND_BODY_RDEV, wire_device(major(rdev), minor(rdev)));
 }

@@ -24,6 +24,7 @@ SOURCES = (
     "_waiting.c",
     "_syscalls.c",
     "_owners.c",
+    "_ids.c",
     "_listing.c",
     "_process.c",
     "_privileges.c",

@@ -34,6 +34,11 @@ def privileged() -> bool:
     return has_capabilities(*_CREATING.values(), CAP_SETPCAP)
 
 
+def overrides_permissions() -> bool:
+    """May this process do what the permissions of some files do not let it?"""
+    return any(has_capabilities(bit) for bit in (*_REACHING.values(), CAP_DAC_READ_SEARCH))
+
+
 @cache
 def _at_first() -> int:
     """What was in effect when that was asked first, as a mask: before any was given up."""

@@ -144,6 +144,24 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "in files. none: as far as this user may. auto: the first of these that can be done.",
         ),
         click.option(
+            "--map-uid",
+            multiple=True,
+            metavar="GUEST:HOST:COUNT",
+            help="COUNT users from number GUEST on in the guest are those from HOST on here, and "
+            "no others are known there; may be repeated.",
+        ),
+        click.option(
+            "--map-gid",
+            multiple=True,
+            metavar="GUEST:HOST:COUNT",
+            help="The same of groups.",
+        ),
+        click.option(
+            "--squash-to",
+            metavar="UID[:GID]",
+            help="What users of the guest without such a number create belongs to UID here.",
+        ),
+        click.option(
             "--fmode",
             metavar="MODE",
             help="With mapped models, the mode on the host of files that the guest creates, in "

@@ -9,9 +9,10 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from ninepd.errors import UsageError
+from ninepd.idranges import NO_SQUASH, IdRanges, parse_ranges, parse_squash
 from ninepd.p9.limits import MAX_FIDS, MIN_FIDS, MIN_MSIZE
 from ninepd.syscalls import NO_ID
 from ninepd.throttle import Rates
@@ -85,6 +86,9 @@ class Export(Rates):
     allow_uid: tuple[int, ...] = ()
     """Users whose front ends are served; none: all are."""
     security_model: str = AUTO
+    map_uid: tuple[str, ...] = ()
+    map_gid: tuple[str, ...] = ()
+    squash_to: str | None = None
     fmode: str | None = None
     dmode: str | None = None
     readonly: bool = False
@@ -108,6 +112,7 @@ class Export(Rates):
             if not 0 <= uid < NO_ID:
                 raise UsageError(f"--allow-uid: {uid} is not between 0 and {NO_ID - 1}")
         self._check_modes()
+        _ = self.id_ranges  # UsageError
         if self.writeout is not None:
             _check_choice("writeout", self.writeout, Writeout)
         _check_choice("multidevs", self.multidevs, Multidevs)
@@ -146,6 +151,20 @@ class Export(Rates):
         dmode = DEFAULT_DMODE if self.dmode is None else self.dmode
         return _permissions("fmode", fmode), _permissions("dmode", dmode)
 
+    @property
+    def maps_ids(self) -> bool:
+        """Are the guest's users and groups not those of the host?"""
+        return bool(self.map_uid or self.map_gid or self.squash_to is not None)
+
+    @property
+    def id_ranges(self) -> tuple[IdRanges, IdRanges]:
+        """Which users and which groups they are; or UsageError."""
+        uid = gid = NO_SQUASH
+        if self.squash_to is not None:
+            uid, gid = parse_squash(self.squash_to)
+        users, groups = parse_ranges("map-uid", self.map_uid), parse_ranges("map-gid", self.map_gid)
+        return IdRanges(users, uid), IdRanges(groups, gid)
+
     def _check_directory(self) -> None:
         try:
             mode = os.stat(self.export).st_mode
@@ -179,6 +198,11 @@ class Export(Rates):
                     f"--{option}: with {model} the guest's modes are the host's; "
                     f"it goes with {' and '.join(MAPPED)}"
                 )
+        if self.squash_to is not None and model in MAPPED:
+            raise UsageError(
+                f"--squash-to: with {model} all files are the daemon's own on the host; it goes "
+                "with passthrough and none"
+            )
         if self.trusted_xattrs and model != "passthrough":
             raise UsageError(
                 f"--trusted-xattrs: with {model} guests have no such attributes; "
@@ -292,11 +316,12 @@ def _option(field: str) -> str:
     return field.replace("_", "-")
 
 
-_TYPES: Final = {
+_TYPES: Final[dict[Any, str]] = {
     str: "a string",
     int: "a whole number",
     bool: "true or false",
-    tuple: "a list of whole numbers, and not empty",
+    tuple[int, ...]: "a list of whole numbers, and not empty",
+    tuple[str, ...]: "a list of strings, and not empty",
 }
 
 
@@ -310,12 +335,16 @@ def _export_from(table: Mapping[str, Any]) -> Export:
         if name in values:
             raise UsageError(f"--{key}: it is given twice")
         default = known[name].default
-        expected = str if default is MISSING or default is None else type(default)
+        expected: Any = str if default is MISSING or default is None else type(default)
         if name == "fd":
             expected = int
-        if expected is tuple and _is_list_of_numbers(value):
-            value = tuple(value)
-        if type(value) is not expected:
+        if expected is tuple:
+            expected = known[name].type
+            fits = _is_list_of(get_args(expected)[0], value)
+            value = tuple(value) if fits else value
+        else:
+            fits = type(value) is expected
+        if not fits:
             raise UsageError(f"--{key}: {key} must be {_TYPES[expected]}")
         values[name] = value
     for field in known.values():
@@ -324,9 +353,9 @@ def _export_from(table: Mapping[str, Any]) -> Export:
     return Export(**values)
 
 
-def _is_list_of_numbers(value: object) -> bool:
+def _is_list_of(kind: type, value: object) -> bool:
     # An empty one would say that nobody is meant, and mean everybody.
-    return isinstance(value, list) and value != [] and {type(item) for item in value} == {int}
+    return isinstance(value, list) and value != [] and {type(item) for item in value} == {kind}
 
 
 def load(path: str) -> tuple[Export, ...]:

@@ -48,6 +48,8 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "socket-mode": '"0660"',
         "allow-uid": "[0, 4321]",
         "security-model": '"mapped-xattr"',
+        "map-uid": '["0:100000:65536", "70000:1:1"]',
+        "map-gid": '["0:100000:65536"]',
         "fmode": '"0640"',
         "dmode": '"0750"',
         "readonly": "true",
@@ -66,13 +68,15 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     }
     text = good + "".join(f"{key} = {value}\n" for key, value in more.items())
     (loaded,) = load(write(tmp_path, text))
-    named = {"export", "tag", "socket-path", "fd", *more}
+    named = {"export", "tag", "socket-path", "fd", "squash-to", *more}
     assert named == {field.name.replace("_", "-") for field in fields(Export)}
     assert (loaded.security_model, loaded.readonly) == ("mapped-xattr", True)
     assert (loaded.msize_max, loaded.fids_max, loaded.poll_us) == (8192, 1000, 0)
     assert (loaded.socket_gid, loaded.socket_permissions) == (0, 0o660)
     assert loaded.allow_uid == (0, 4321)
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
+    assert loaded.id_ranges[0].ranges == ((0, 100000, 65536), (70000, 1, 1))
+    assert loaded.id_ranges[1].ranges == ((0, 100000, 65536),)
     assert (loaded.multidevs, loaded.reclaim) == ("forbid", "handles")
     assert (loaded.sandbox, loaded.host_mounts) == ("landlock", "ignore")
     assert loaded.writeout == "immediate"
@@ -82,6 +86,9 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     assert not loaded.trusted_xattrs
     text = f'{good}security-model = "passthrough"\ntrusted-xattrs = true\n'
     assert load(write(tmp_path, text))[0].trusted_xattrs
+    text = f'{good}security-model = "none"\nsquash-to = "1000:100"\n'
+    users, groups = load(write(tmp_path, text))[0].id_ranges
+    assert (users.squash, groups.squash) == (1000, 100)
     assert loaded.allow_unsafe_export
 
 
@@ -107,6 +114,12 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ('allow-uid = ["root"]', "allow-uid must be a list of whole numbers"),
         ("allow-uid = [-1]", "line 5 (export 1): --allow-uid: -1 is not between 0 and 4294967294"),
         ("allow-uid = [0, 4294967295]", "--allow-uid: 4294967295"),
+        ('map-uid = "0:1:1"', "map-uid must be a list of strings"),
+        ("map-uid = [0]", "map-uid must be a list of strings"),
+        ("map-gid = []", "map-gid must be a list of strings, and not empty"),
+        ('map-gid = ["0:1"]', "line 5 (export 1): --map-gid: '0:1' is not GUEST:HOST:COUNT"),
+        ("squash-to = 1000", "squash-to must be a string"),
+        ('squash-to = "me"', "line 5 (export 1): --squash-to: 'me' is not UID"),
         ("socket-mode = 660", "socket-mode must be a string"),
         ("socket-mode = 0o660", "socket-mode must be a string"),
         ('socket-mode = "0888"', "line 5 (export 1): --socket-mode: '0888' is no octal number"),

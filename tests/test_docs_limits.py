@@ -16,6 +16,8 @@ BOUND = re.compile(r"(MAX|MIN)_\w+|\w+_MAX|BURST")
 NO_BOUNDS_OF_GUESTS = {
     "ninepd.config.TAG_MAX",
     "ninepd.config.SUN_PATH_MAX",
+    "ninepd.idranges.ID_MAX",
+    "ninepd.idranges.RANGES_MAX",
     "ninepd.mounts.NAMES_MAX",  # beyond it there are more system calls, that is all
     "ninepd.vhostuser.state.MAX_QUEUE_SIZE",  # other names of what stands in vring.py
     "ninepd.vhostuser.state.MAX_MEM_SLOTS",

@@ -33,9 +33,9 @@ LAYERS: Final = (
     {"ops"},
     {"export"},
     {"config"},
-    {"vhostuser", "p9", "listing", "owners"},
+    {"vhostuser", "p9", "listing", "owners", "ids"},
     {"logs"},
-    {"foreign", "walls"},
+    {"foreign", "idranges", "walls"},
     {"vring", "syscalls", "stats", "capabilities", "process", "mounts", "throttle"},
     {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )
@@ -101,6 +101,7 @@ def test_codecs_do_no_io(package: str) -> None:
 
 SEAM: Final = {
     "host.py",
+    "idmapped.py",
     "local.py",
     "mapped.py",
     "mapped_file.py",

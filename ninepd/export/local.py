@@ -11,6 +11,7 @@ magic link ends at the held object itself, even if it is a symbolic link (proc(5
 
 import errno
 import os
+import stat as st
 from typing import Any
 
 from ninepd import listing, syscalls
@@ -21,13 +22,30 @@ from ninepd.statelock import CHECKS, assert_unlocked
 from ninepd.syscalls import NO_ID, QidDevices, Stat, Statfs, fd_path
 
 
+def restated(host: os.stat_result, mode: int, uid: int, gid: int, rdev: int) -> os.stat_result:
+    """The host's attributes of a file, but for these."""
+    shown = list(host)
+    shown[st.ST_MODE], shown[st.ST_UID], shown[st.ST_GID] = mode, uid, gid
+    more = {
+        "st_atime": host.st_atime,
+        "st_mtime": host.st_mtime,
+        "st_ctime": host.st_ctime,
+        "st_rdev": rdev,
+    }
+    return os.stat_result(shown, more)
+
+
 class LocalHost(Host):
-    """``passthrough``. Without privileges only the daemon's own user can create."""
+    """``passthrough``, if ``strict``: without privileges only the daemon's own user can create.
 
-    __slots__ = ("_privileged", "maps_types")
+    Else ``none``: identity where possible, and no complaint where it is not.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_privileged", "_strict", "maps_types")
+
+    def __init__(self, strict: bool = True) -> None:
         super().__init__(readonly=False)
+        self._strict = strict
         self._privileged = privileged()
         self.maps_types = False
         """Do extended attributes say of plain files what they are for guests?"""
@@ -38,14 +56,17 @@ class LocalHost(Host):
         """The (uid, gid) to create as for a guest's; NO_ID keeps ours. EPERM if it cannot be."""
         if self._privileged:
             return uid, gid
-        if uid not in {NO_ID, os.geteuid()} or gid not in {NO_ID, os.getegid()}:
+        foreign = uid not in {NO_ID, os.geteuid()} or gid not in {NO_ID, os.getegid()}
+        if foreign and self._strict:
             raise PermissionError(
                 errno.EPERM, f"creating as {uid}:{gid} needs root, or a mapped security model"
             )
         return NO_ID, NO_ID
 
     def _shows_xattr(self, name: bytes) -> bool:
-        return name.startswith((b"user.", b"security.", b"trusted.")) or name in ACLS
+        if name.startswith(b"user."):
+            return True
+        return self._strict and (name.startswith((b"security.", b"trusted.")) or name in ACLS)
 
     # Looking
 
@@ -240,15 +261,3 @@ class LocalHost(Host):
 
     def removexattr(self, fd: int, name: bytes) -> None:
         os.removexattr(fd_path(fd), name)
-
-
-class UnmappedHost(LocalHost):
-    """``none``: identity where possible, and no complaint where it is not."""
-
-    __slots__ = ()
-
-    def _identity(self, uid: int, gid: int) -> tuple[int, int]:
-        return (uid, gid) if self._privileged else (NO_ID, NO_ID)
-
-    def _shows_xattr(self, name: bytes) -> bool:
-        return name.startswith(b"user.")

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from ninepd import owners, syscalls
 from ninepd.export.host import ACLS
-from ninepd.export.local import LocalHost
+from ninepd.export.local import LocalHost, restated
+from ninepd.ids import Ids
 from ninepd.owners import NO_DEVICE, Owner, shown_mode
 from ninepd.syscalls import NO_ID, QidDevices, Stat, fd_path
 from ninepd.tuples import made
@@ -43,10 +44,12 @@ def without_set_ids(mode: int) -> int:
 class MappedHost(LocalHost):
     """Shows files as guests have made them. Subclasses know where that is kept."""
 
-    __slots__ = ("_acting", "_dmode", "_fmode")
+    __slots__ = ("_acting", "_dmode", "_fmode", "_ids")
 
-    def __init__(self, fmode: int, dmode: int) -> None:
+    def __init__(self, fmode: int, dmode: int, ids: Ids | None = None) -> None:
+        """``ids``: what the guest knows the host's owners as. Those that it sets are its own."""
         super().__init__()
+        self._ids = ids
         self.watches_writes = True
         self._fmode = fmode
         self._dmode = dmode
@@ -100,27 +103,30 @@ class MappedHost(LocalHost):
         return self._shown(directory, name, syscalls.stat_at(directory, name))
 
     def attributes(self, fd: int) -> os.stat_result:
-        host, owner = os.fstat(fd), self._owner(fd)
-        shown = list(host)
-        shown[st.ST_MODE] = shown_mode(host.st_mode, owner.mode)
-        shown[st.ST_UID] = host.st_uid if owner.uid == NO_ID else owner.uid
-        shown[st.ST_GID] = host.st_gid if owner.gid == NO_ID else owner.gid
-        more = {
-            "st_atime": host.st_atime,
-            "st_mtime": host.st_mtime,
-            "st_ctime": host.st_ctime,
-            "st_rdev": host.st_rdev if owner.rdev == NO_DEVICE else owner.rdev,
-        }
-        return os.stat_result(shown, more)
+        host, owner, ids = os.fstat(fd), self._owner(fd), self._ids
+        uid, gid = host.st_uid, host.st_gid
+        if ids is not None:
+            uid, gid = ids.uids.shown(uid), ids.gids.shown(gid)
+        return restated(
+            host,
+            shown_mode(host.st_mode, owner.mode),
+            uid if owner.uid == NO_ID else owner.uid,
+            gid if owner.gid == NO_ID else owner.gid,
+            host.st_rdev if owner.rdev == NO_DEVICE else owner.rdev,
+        )
 
     def getattr_body(self, fd: int, devices: QidDevices, generation: int, body: Any) -> bool:
         if not syscalls.getattr_body(fd, devices, generation, body):
             return False
+        if self._ids is not None:
+            self._ids.show(body)
         owners.put_owner(body, self._owner(fd))
         return True
 
     def getattr_body_as(self, fd: int, path: int, generation: int, body: Any) -> None:
         syscalls.getattr_body_as(fd, path, generation, body)
+        if self._ids is not None:
+            self._ids.show(body)
         owners.put_owner(body, self._owner(fd))
 
     def readlink(self, fd: int) -> bytes:

@@ -17,9 +17,10 @@ import threading
 from typing import Final, TypeAlias
 
 from ninepd import syscalls
-from ninepd.export import metadata
+from ninepd.export import metadata, xattr_ids
 from ninepd.export.host import ACLS
 from ninepd.export.mapped import MappedHost
+from ninepd.ids import Ids
 from ninepd.listing import Cookies, LookUp
 from ninepd.owners import Owner, shown_mode
 from ninepd.syscalls import NO_ID, QidDevices, Stat
@@ -36,9 +37,9 @@ class MappedFileHost(MappedHost):
 
     __slots__ = ("_lock", "_removed", "_root")
 
-    def __init__(self, fmode: int, dmode: int, root: int) -> None:
+    def __init__(self, fmode: int, dmode: int, root: int, ids: Ids | None = None) -> None:
         """``root`` is a descriptor of the export's root, which stays open."""
-        super().__init__(fmode, dmode)
+        super().__init__(fmode, dmode, ids)
         self._root = root
         self._removed: dict[_Identity, Owner] = {}
         """What was kept of files that the guest may still hold, the oldest first."""
@@ -304,7 +305,16 @@ class MappedFileHost(MappedHost):
 
     # Extended attributes
 
+    def getxattr(self, fd: int, name: bytes) -> bytes | None:
+        """ACLs are the host's here, as with QEMU."""
+        value = super().getxattr(fd, name)
+        if value is None or self._ids is None:
+            return value
+        return xattr_ids.to_guest(name, value, self._ids)
+
     def setxattr(self, fd: int, name: bytes, value: bytes, flags: int) -> None:
+        if self._ids is not None:
+            value = xattr_ids.to_host(name, value, self._ids)
         super().setxattr(fd, name, value, flags)
         if name == ACLS[0]:
             self._drop_set_group_id(fd)

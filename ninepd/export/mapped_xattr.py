@@ -14,6 +14,7 @@ from typing import Final
 from ninepd import owners, syscalls
 from ninepd.export.host import ACLS
 from ninepd.export.mapped import MappedHost
+from ninepd.ids import Ids
 from ninepd.owners import NO_DEVICE, Owner
 from ninepd.syscalls import NO_ID, Stat, fd_path
 
@@ -54,8 +55,8 @@ class MappedXattrHost(MappedHost):
 
     __slots__ = ()
 
-    def __init__(self, fmode: int, dmode: int) -> None:
-        super().__init__(fmode, dmode)
+    def __init__(self, fmode: int, dmode: int, ids: Ids | None = None) -> None:
+        super().__init__(fmode, dmode, ids)
         self.maps_types = True
 
     def _owner(self, fd: int) -> Owner:

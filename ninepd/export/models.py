@@ -10,10 +10,12 @@ from ninepd.capabilities import CAP_SYS_ADMIN, has_capabilities, privileged
 from ninepd.config import AUTO, Export
 from ninepd.errors import UsageError
 from ninepd.export.host import Host
-from ninepd.export.local import LocalHost, UnmappedHost
+from ninepd.export.idmapped import IdMappedHost
+from ninepd.export.local import LocalHost
 from ninepd.export.mapped_file import MappedFileHost
 from ninepd.export.mapped_xattr import MappedXattrHost, takes_xattrs
 from ninepd.export.readonly import ReadonlyHost
+from ninepd.ids import Ids
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +46,10 @@ def make_host(export: Export, model: str, directory: int) -> Host:
 
 def _host(export: Export, model: str, directory: int) -> Host:
     fmode, dmode = export.file_permissions
+    ids = Ids(*export.id_ranges) if export.maps_ids else None
     if model == "mapped-xattr":
-        return MappedXattrHost(fmode, dmode)
+        return MappedXattrHost(fmode, dmode, ids)
     if model == "mapped-file":
-        return MappedFileHost(fmode, dmode, directory)
-    return UnmappedHost() if model == "none" else LocalHost()
+        return MappedFileHost(fmode, dmode, directory, ids)
+    strict = model != "none"
+    return LocalHost(strict) if ids is None else IdMappedHost(ids, strict)

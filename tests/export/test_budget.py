@@ -10,7 +10,7 @@ import pytest
 
 from ninepd.config import Reclaim
 from ninepd.export.descriptors import GLANCES, SLICE, Holder
-from ninepd.export.local import UnmappedHost
+from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
 from ninepd.jobs import Job, Jobs
 from ninepd.ops import files
@@ -145,7 +145,9 @@ def test_files_without_a_way_back_are_not_asked_again_at_once() -> None:
 def tree(export: Path) -> Iterator[Tree]:
     for number in range(60):
         (export / f"f{number}").write_text(f"f{number}")
-    tree = Tree(os.open(export, os.O_PATH), UnmappedHost(), budget=32, reclaim=Reclaim.HANDLES)
+    tree = Tree(
+        os.open(export, os.O_PATH), LocalHost(strict=False), budget=32, reclaim=Reclaim.HANDLES
+    )
     yield tree
     tree.close()
     assert (tree.handles.budget.used, tree.handles.budget.reclaimed) == (0, 0)

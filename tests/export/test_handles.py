@@ -16,7 +16,7 @@ import pytest
 from ninepd.config import Reclaim
 from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Opened
-from ninepd.export.local import UnmappedHost
+from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
 from ninepd.ops import names
 from ninepd.ops.fid import Fid
@@ -200,7 +200,7 @@ def test_threads_that_share_few_descriptors(tmp_path: Path, reclaim: Reclaim) ->
             make_file(tmp_path / os.fsdecode(directory + b"/" + file))
     before = os.listdir("/proc/self/fd")
     root = os.open(tmp_path, os.O_PATH)
-    tree = Tree(root, UnmappedHost(), budget=BUDGET, reclaim=reclaim)
+    tree = Tree(root, LocalHost(strict=False), budget=BUDGET, reclaim=reclaim)
     guest = Guest(tree, 1 << 20)
     workers = [Worker(guest, tmp_path, number) for number in range(5)]
     for worker in workers:

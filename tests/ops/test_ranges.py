@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ninepd.export.local import UnmappedHost
+from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
 from ninepd.ops.fid import Fid
 from ninepd.ops.ranges import TO_END, Cover, Owner, Range, Ranges, without
@@ -23,7 +23,7 @@ READ, WRITE, UNLOCK = LockType.RDLCK, LockType.WRLCK, LockType.UNLCK
 BYTES = 24
 
 
-TREE = Tree(os.open(Path(__file__).parent, os.O_PATH), UnmappedHost())
+TREE = Tree(os.open(Path(__file__).parent, os.O_PATH), LocalHost(strict=False))
 
 
 def fid() -> Fid:
