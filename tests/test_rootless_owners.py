@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ninepd.p9.messages import NOFID, SetattrValid, Tattach, Tsetattr
+from ninepd.p9.messages import NOFID, SetattrValid, Tattach, Tsetattr, Tunlinkat
 from tests.conftest import OTHER_USER, StartDaemon
 from tests.support.client import ROOT, Client, P9Error
 from tests.support.mapped import KEPT, KINDS, make
@@ -66,26 +66,16 @@ def owner(path: Path) -> tuple[int, int]:
     return found.st_uid, found.st_gid
 
 
-def attach_of(guest: int) -> int:
-    return USER if guest else ROOT
-
-
-# The two wishes: my directory is the guest's root's, or its user 1000's, and all is mine here
+# My directory is the guest's root's, or its user 1000's, and all is mine here
 
 
 @pytest.mark.parametrize("guest", [0, 1000])
 @pytest.mark.parametrize("model", MODELS)
-def test_what_is_mine(serve: Serve, model: str, guest: int) -> None:
-    client = serve(model, guest)
+def test_all_is_mine(serve: Serve, project: Path, model: str, guest: int) -> None:
+    """Whoever is meant, he makes, changes and removes as on a file system of his own."""
+    client, fid = serve(model, guest), USER if guest else ROOT
     for names in ((), (b"src",), (b"src", b"main.c"), (b"run",), (b"link",)):
         assert shown(client, *names) == (guest, guest)
-
-
-@pytest.mark.parametrize("guest", [0, 1000])
-@pytest.mark.parametrize("model", MODELS)
-def test_what_the_guest_makes_is_mine(serve: Serve, project: Path, model: str, guest: int) -> None:
-    """Whoever is meant, he makes, changes and removes as on a file system of his own."""
-    client, fid = serve(model, guest), attach_of(guest)
     for kind in set(KINDS) - ({"char", "block"} if model in REAL else set()):
         name = kind.encode()
         make(client, fid, kind, name, 0o750, guest)
@@ -99,6 +89,8 @@ def test_what_the_guest_makes_is_mine(serve: Serve, project: Path, model: str, g
     if model in REAL:  # so is the mode, and the link
         assert (project / "file").stat().st_mode == stat.S_IFREG | 0o711
         assert (project / "symlink").is_symlink()
+    client.rpc(Tunlinkat(fid, b"file", 0))
+    assert not (project / "file").exists()
 
 
 @pytest.mark.parametrize("guest", [0, 1000])
@@ -148,25 +140,19 @@ def test_others_with_real_owners(serve: Serve, project: Path, model: str, guest:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_others(serve: Serve, project: Path, model: str) -> None:
-    """Files of other users of the host are nobody's for the guest, and theirs here."""
-    theirs = project / "src/theirs"
-    theirs.write_text("text")
-    client = serve(model, 0)
-    assert shown(client, b"src", b"theirs") == (65534, 65534)
-    client.walk(ROOT, 1, b"src", b"theirs")
-    with pytest.raises(P9Error, match=r"denied|not permitted"):
-        client.open(1, 2, flags=1)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_what_others_let_me_write(serve: Serve, project: Path, model: str) -> None:
-    """Permissions of the host's decide where the daemon has no privileges."""
+    """Nobody's for the guest, and theirs here, where their permissions decide: the kernel sees to
+    that, for the daemon has no privileges.
+    """
     theirs = project / "theirs"
     theirs.write_text("text")
-    theirs.chmod(0o666)
     client = serve(model, 0)
-    client.open(ROOT, 1, b"theirs", flags=1)
-    client.write(1, 0, b"more")
+    assert shown(client, b"theirs") == (65534, 65534)
+    client.walk(ROOT, 1, b"theirs")
+    with pytest.raises(P9Error, match=r"denied|not permitted"):
+        client.open(1, 2, flags=1)
+    theirs.chmod(0o666)
+    client.open(1, 3, flags=1)
+    client.write(3, 0, b"more")
     assert theirs.read_text() == "more"
 
 

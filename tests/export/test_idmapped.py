@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from ninepd.config import Export
 from ninepd.export.idmapped import IdMappedHost
+from ninepd.export.local import LocalHost
+from ninepd.export.models import make_host
 from ninepd.idranges import IdRange, IdRanges
 from ninepd.ids import Ids
 from ninepd.p9.messages import (
@@ -518,3 +521,13 @@ def test_read_only(start_daemon: StartDaemon, export: Path) -> None:
         assert client.error(Tmkdir(ROOT, b"d", 0o700, 66000)) == "EROFS"
         client.walk(ROOT, 1, b"f")
         assert client.error(chown(1, 66000)) == "EROFS"
+
+
+def test_nothing_is_in_the_way_without_them(export: Path, model: str) -> None:
+    """The class that translates is not even made."""
+    directory = os.open(export, os.O_PATH)
+    said = Export(str(export), "t", socket_path="s")
+    assert type(make_host(said, model, directory)) is LocalHost
+    said = Export(str(export), "t", socket_path="s", map_gid=("0:5:1",))
+    assert type(make_host(said, model, directory)) is IdMappedHost
+    os.close(directory)
