@@ -10,9 +10,10 @@ C_SOURCES := $(wildcard ninepd/*.c)
 # Some of these are compiled, too: setup.py says which.
 PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p9/*.py)
 C_FILES := $(C_SOURCES) \
-	$(wildcard guests/ninepd_guests/*.c bench/*.c bench/*.h tests/support/*.c)
+	$(wildcard guests/ninepd_guests/*.c bench/*.[ch] fuzz/*.[ch] tests/support/*.c)
 
-.PHONY: all bench clean demo demo-guest format guests lint soak test test-guest test-quick wheel
+.PHONY: all bench clean demo demo-guest format fuzz fuzz-coverage fuzz-replay guests lint soak test \
+	test-guest test-quick wheel
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
@@ -65,6 +66,20 @@ format: $(VENV)/built
 bench: $(VENV)/built guests
 	@$(BIN)/python -m bench.run $(BENCH_ARGS)
 
+# On two CPUs for ten minutes, or FUZZ_SECONDS; what crashed is in build/fuzz/crashes. FUZZ_ARGS
+# narrows it down: '--only ring'.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/fuzz
+	@$(BIN)/python -m fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+# One input once more, or several.
+fuzz-replay: $(VENV)/built
+	@$(BIN)/python -m fuzz.replay $(FILE)
+
+# Which lines the corpora reach.
+fuzz-coverage: $(VENV)/fuzz
+	@$(BIN)/python -m fuzz.coverage
+
 # QEMU, kernels and User-Mode Linux, in a cache outside the tree.
 guests: $(VENV)/built
 	@$(BIN)/python -m ninepd_guests.tools all
@@ -102,6 +117,12 @@ $(VENV)/installed: $(VENV)/base
 	@echo 'ninepd: fetching the packages of development'
 	@$(PIP) install --upgrade 'pip>=25.1'
 	@$(PIP) install --group dev
+	@touch $@
+
+$(VENV)/fuzz: $(VENV)/built
+	@PYTHON=$(PYTHON) contrib/setup-debian.sh fuzz
+	@echo 'ninepd: fetching the packages of fuzzing'
+	@$(PIP) install --group fuzz
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py $(C_SOURCES) $(PY_SOURCES) ninepd/_vring_build.py

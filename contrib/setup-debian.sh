@@ -1,6 +1,6 @@
 #!/bin/sh
-# setup-debian.sh [demo|wheel|test]: installs the Debian packages that this purpose needs and that
-# are missing, or names them if that is not allowed. A purpose includes those before it.
+# setup-debian.sh [demo|wheel|test|fuzz]: installs the Debian packages that this purpose needs and
+# that are missing, or names them if that is not allowed. A purpose includes those before it.
 set -eu
 
 purpose=${1:-test}
@@ -15,12 +15,16 @@ links_statically() {
     folder=$(mktemp -d) && echo 'int main(void) { return 0; }' |
         cc -static -x c -o "$folder/a.out" - && rm -r "$folder"
 }
+has_libfuzzer() {
+    folder=$(mktemp -d) && echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' |
+        clang -fsanitize=fuzzer,address -x c -o "$folder/a.out" - && rm -r "$folder"
+}
 has_library() {
     "$python" -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library(sys.argv[1]))' "$1"
 }
 
-case $purpose in demo | wheel | test) ;; *)
-    echo "ninepd: $0 demo, wheel or test, not $purpose" >&2
+case $purpose in demo | wheel | test | fuzz) ;; *)
+    echo "ninepd: $0 demo, wheel, test or fuzz, not $purpose" >&2
     exit 2
     ;;
 esac
@@ -35,7 +39,7 @@ need ca-certificates test -d /etc/ssl/certs
 need util-linux command -v setpriv
 need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
 
-if [ "$purpose" = test ]; then
+if [ "$purpose" = test ] || [ "$purpose" = fuzz ]; then
     # User-Mode Linux, built from its source.
     need bc command -v bc
     need binutils command -v ld
@@ -49,6 +53,13 @@ if [ "$purpose" = test ]; then
     need e2fsprogs sh -c 'PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4'
     need fuse3 has_library fuse3
     need strace command -v strace
+fi
+
+if [ "$purpose" = fuzz ]; then
+    # libFuzzer, the sanitizers, and names in their reports.
+    need clang command -v clang
+    need libclang-rt-dev has_libfuzzer
+    need llvm command -v llvm-symbolizer
 fi
 
 [ -n "$missing" ] || exit 0

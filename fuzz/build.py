@@ -18,7 +18,7 @@ class Purpose(Enum):
     """How to compile a harness."""
 
     FUZZ = ("clang", "-O2", "-DFUZZ_MUTATOR", "-fsanitize=fuzzer,address,undefined", *_SANITIZE)
-    REPLAY = ("gcc", "-O1", "-fsanitize=address,undefined", *_SANITIZE)
+    REPLAY = ("gcc", "-O0", "-fsanitize=address,undefined", *_SANITIZE)
     COVERAGE = ("gcc", "-O0", "--coverage")
 
 
@@ -44,7 +44,9 @@ def interpreted_tree(folder: Path) -> Path:
         shutil.copytree(
             ROOT / package,
             folder / package,
-            ignore=lambda _, names: [n for n in names if not n.endswith(".py") and "." in n],
+            ignore=lambda _, names: [
+                n for n in names if not n.endswith((".py", ".c", ".h")) and "." in n
+            ],
         )
     for library in (ROOT / "ninepd").glob("_libvring.*.so"):
         shutil.copy(library, folder / "ninepd")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from random import Random
 from typing import Final
 
-from . import grammar
 from ninepd.errors import ProtocolError, words_for
 from ninepd.framing import is_sound, refusal
 from ninepd.ops.table import ROWS
@@ -26,6 +25,8 @@ from ninepd.p9.messages import (
 from ninepd.p9.session import Dialect, Session
 from ninepd.p9.stat import decode_stat, encode_stat
 
+from . import grammar
+
 Mutate = Callable[[bytes, int], bytes]
 
 _DATA_MAX: Final = 1 << 16
@@ -39,10 +40,10 @@ def whole_message(data: bytes) -> None:
     except ProtocolError as error:
         assert error.errno in {errno.EINVAL, errno.EOPNOTSUPP}
         return
-    data = message.nbytes if type(message) in WITH_DATA else 0
-    if data > _DATA_MAX:
+    count = message.nbytes if type(message) in WITH_DATA else 0
+    if count > _DATA_MAX:
         return
-    again = encode(tag, message) + bytes(data)
+    again = encode(tag, message) + bytes(count)
     assert decode(again) == (tag, message)
     assert str(message)
 
@@ -149,11 +150,9 @@ def one_input(data: bytes) -> None:
 
 def mutator(data: bytes, max_size: int, seed: int, mutate: Mutate) -> bytes:
     """By fields where there is a message; else ``mutate``, which knows nothing of it."""
-    rng = Random(seed)  # noqa: S311 - of a fuzzer
+    rng = Random(seed)
     prefix = {0: 1, 1: 10}.get(data[0] % len(PARTS)) if data else None
     if prefix is None or not rng.randrange(4):
         return mutate(data, max_size)
     changed = grammar.mutated(rng, data[prefix:])
     return (data[:prefix].ljust(prefix, b"\xff") + changed)[:max_size]
-
-

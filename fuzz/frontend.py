@@ -150,7 +150,7 @@ def one_input(data: bytes) -> None:
 
 
 def _message(rng: Random) -> bytes:
-    """A message by its row of REQUESTS: of the right size, with the right descriptors, or nearly."""
+    """By its row of REQUESTS: of the right size, with the right descriptors, or nearly."""
     request = rng.choice(tuple(Request))
     sizes = {
         Request.SET_MEM_TABLE: 8 + 32 * rng.randrange(3),
@@ -166,7 +166,9 @@ def _message(rng: Random) -> bytes:
     )[: sizes.get(request, 8)]
     if request is Request.SET_MEM_TABLE:
         payload = ((len(payload) - 8) // 32).to_bytes(8, "little") + payload[8:]
-    flags = VERSION | rng.choice((0, NEED_REPLY)) | (rng.randrange(8) << 5 if rng.randrange(2) else 0)
+    flags = (
+        VERSION | rng.choice((0, NEED_REPLY)) | (rng.randrange(8) << 5 if rng.randrange(2) else 0)
+    )
     lie = rng.choice((0, 0, 0, 0, 1, 0xFF, 0x7F))
     fds = rng.choice((0, 1, 1, 2, len(payload) // 32))
     return _HEAD.pack(request, flags, fds, lie, len(payload)) + payload
@@ -174,7 +176,7 @@ def _message(rng: Random) -> bytes:
 
 def mutator(data: bytes, max_size: int, seed: int, mutate: Mutate) -> bytes:
     """Messages are added, dropped, swapped; or ``mutate`` has its way."""
-    rng = Random(seed)  # noqa: S311 - of a fuzzer
+    rng = Random(seed)
     messages = []
     rest = data
     while len(rest) >= _HEAD.size:

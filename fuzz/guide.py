@@ -1,7 +1,7 @@
-"""Drives a harness in Python by coverage: ``python -m fuzz.guide NAME CORPUS [libFuzzer option...]``.
+"""Drives a harness in Python by coverage: ``python -m fuzz.guide NAME [libFuzzer argument...]``.
 
 The modules of ninepd must be interpreted ones, for it is their byte code that is counted: see
-``tree.py``.
+``build.interpreted_tree``.
 """
 
 import sys

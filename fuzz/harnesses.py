@@ -44,6 +44,7 @@ HARNESSES: Final = {
     harness.name: harness
     for harness in (
         Harness("ring", Kind.C, "ring", 1024, 3),
+        Harness("memory", Kind.C, "memory", 512, 1),
         Harness("listing", Kind.C, "listing", 1024, 1),
         Harness("codecs", Kind.PYTHON, "codecs", 1024, 1),
         Harness("frontend", Kind.PYTHON, "frontend", 2048, 1),

@@ -34,6 +34,20 @@ _SLACK: Final = 24
 Feature = tuple[int, int, int]
 
 
+def started(log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    """``ninepd serve`` as soon as it is ready; what it has to say goes to a file."""
+    readiness = Readiness()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ninepd", "serve", *arguments],
+            stderr=output,
+            env=os.environ | {"NOTIFY_SOCKET": readiness.address},
+        )
+    assert readiness.wait(process.pid), log.read_text()
+    readiness.close()
+    return process
+
+
 class Live:
     """The daemon, and the two guests."""
 
@@ -58,7 +72,7 @@ class Live:
                 )
             )
         )
-        self._process = self._start(config)
+        self._process = started(self._log, "--config", str(config))
         self._processes = children(self._process.pid)
         self._fuzzed = Client(self._sockets[0], num=_NUM)
         self._steady = Client(self._sockets[1])
@@ -66,18 +80,6 @@ class Live:
         self._steady.open(ROOT, 1, b"file")
         self._fuzzed.attach()
         self._descriptors = self._count_descriptors()
-
-    def _start(self, config: Path) -> "subprocess.Popen[bytes]":
-        readiness = Readiness()
-        with self._log.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ninepd", "serve", "--config", str(config)],
-                stderr=log,
-                env=os.environ | {"NOTIFY_SOCKET": readiness.address},
-            )
-        assert readiness.wait(process.pid), self._log.read_text()
-        readiness.close()
-        return process
 
     def __enter__(self) -> Self:
         return self
@@ -148,9 +150,9 @@ class Live:
         assert self._process.poll() is None
         assert children(self._process.pid) == self._processes, "a process ended"
         now = self._count_descriptors()
-        assert all(n <= before + _SLACK for n, before in zip(now, self._descriptors, strict=True)), (
-            f"{now} descriptors are open, {self._descriptors} were in the beginning"
-        )
+        assert all(
+            n <= before + _SLACK for n, before in zip(now, self._descriptors, strict=True)
+        ), f"{now} descriptors are open, {self._descriptors} were in the beginning"
         self.scene.check()
         log = self._log.read_text(errors="replace")
         assert "a bug" not in log, log

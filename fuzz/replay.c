@@ -1,6 +1,6 @@
 /*
- * Runs a harness on files, without libFuzzer: gcc is enough. Each argument is a file, which is named
- * before its turn, so that the last one named is the one that crashed.
+ * Runs a harness on files, without libFuzzer: gcc is enough. Each argument is a file, which is
+ * named before its turn, so that the last one named is the one that crashed.
  */
 
 #include "harness.h"

@@ -24,14 +24,13 @@ def harness_of(path: Path) -> Harness:
     sys.exit(f"{path}: its name tells no harness; use --as")
 
 
-def replay(harness: Harness, paths: Sequence[Path], program: Path | None = None) -> None:
-    """Ends with whatever an input ends with. ``program``: of a harness in C, if it is built."""
+def replay(harness: Harness, paths: Sequence[Path]) -> None:
+    """Ends with whatever an input ends with."""
     if harness.kind is Kind.C:
         with tempfile.TemporaryDirectory() as folder:
-            program = program or build.program(
-                harness.name, build.Purpose.REPLAY, Path(folder)
-            )
-            subprocess.run([program, *paths], check=True)
+            program = build.program(harness.name, build.Purpose.REPLAY, Path(folder))
+            if subprocess.run([program, *paths], check=False).returncode:
+                sys.exit(1)
     elif harness.kind is Kind.PYTHON:
         one_input = import_module(f"fuzz.{harness.name}").one_input
         for path in paths:

@@ -23,7 +23,7 @@ static struct rig {
     np_vring_config config;
     np_counters counters;
     np_log log;
-    bool log_everything;    /* also the used ring, and where it is */
+    bool log_everything;     /* also the used ring, and where it is */
     uint64_t used, used_len; /* guest physical */
     uint64_t table;          /* the indirect table that steps write to */
     uint32_t *writable;      /* by slot: bytes of a request in flight, plus one */
@@ -40,8 +40,8 @@ static void share_memory(void) {
     for (int i = 0; i < REGIONS; i++) {
         const struct guest_region *region = &guest.regions[i];
         if (region->bytes)
-            rig.memory.regions[rig.memory.count++] = (struct region){
-                region->gpa, region->ua, region->size, {.host = region->bytes}};
+            rig.memory.regions[rig.memory.count++] =
+                (struct region){region->gpa, region->ua, region->size, {.host = region->bytes}};
     }
 }
 
@@ -273,7 +273,8 @@ static void step_descriptor(const struct record *r, uint64_t table) {
 static void step_table(const struct record *r) {
     rig.table = guest_address(r->d);
     for (uint16_t i = 0; i < r->c % 1100; i++) {
-        struct descriptor d = {.addr = guest.regions[r->a % REGIONS].gpa + (uint64_t)i * (r->b & 0xff),
+        struct descriptor d = {.addr =
+                                   guest.regions[r->a % REGIONS].gpa + (uint64_t)i * (r->b & 0xff),
                                .len = r->b >> 8,
                                .flags = (r->a & DESC_WRITE) | DESC_NEXT,
                                .next = i + 1};
@@ -324,8 +325,7 @@ static void step_log(const struct record *r) {
     rig.log.signal_kind = signal_kind(rig.log.signal);
     rig.log.shared.host = exactly(rig.log.size);
     rig.log_everything = r->a & 1 && !(r->a & 2);
-    np_vring_set_log(rig.vring, r->a & 4 ? NULL : &rig.log, r->a & 1,
-                     r->a & 2 ? r->d : rig.used);
+    np_vring_set_log(rig.vring, r->a & 4 ? NULL : &rig.log, r->a & 1, r->a & 2 ? r->d : rig.used);
 }
 
 static void step(const struct record *r) {

@@ -15,7 +15,8 @@ from .harnesses import BUILD, CRASHES, HARNESSES, ROOT, Harness, Kind
 
 JOBS: Final = 2
 _STATISTIC: Final = re.compile(r"^stat::(\w+):\s*(\d+)", re.MULTILINE)
-_COVERAGE: Final = re.compile(r"\bcov: (\d+)")
+_COVERAGE: Final = re.compile(r"(?:INITED|NEW|DONE) .*?cov: (\d+)")
+"""After the corpora, then whenever it grows."""
 _NOTE: Final = re.compile(r"^note: (.*)", re.MULTILINE)
 _FAST: Final = "quarantine_size_mb=1:malloc_context_size=0:detect_leaks=0"
 """For AddressSanitizer: three times as fast. A replay tells all that this leaves out."""
@@ -67,7 +68,7 @@ def fuzz(harness: Harness, seconds: int) -> Outcome:
     harness.found.mkdir(parents=True, exist_ok=True)
     log = BUILD / f"{harness.name}.log"
     where = BUILD / "tree" if harness.kind is Kind.PYTHON else ROOT
-    start = time.monotonic()
+    begun, start = time.time(), time.monotonic()
     with log.open("wb") as output:
         status = subprocess.run(
             command, cwd=where, env=environment, stdout=output, stderr=output, check=False
@@ -75,7 +76,9 @@ def fuzz(harness: Harness, seconds: int) -> Outcome:
     text = log.read_text(errors="replace")
     statistics = {name: int(value) for name, value in _STATISTIC.findall(text)}
     coverage = [int(value) for value in _COVERAGE.findall(text)] or [0]
-    crashes = tuple(str(path) for path in sorted(CRASHES.glob(f"{harness.name}-*")))
+    saved = sorted(CRASHES.glob(f"{harness.name}-*"))
+    # Those of earlier runs are left where they are: they may be mended by now.
+    crashes = tuple(str(path) for path in saved if path.stat().st_mtime >= begun)
     if status and not crashes:
         crashes = (f"none was saved, see {log}",)
     note = _NOTE.search(text)

@@ -197,7 +197,7 @@ def test_no_module_of_tests_is_imported() -> None:
     """What several of them use is in tests/support."""
     users = {
         (str(path.relative_to(TESTS.parent)), name)
-        for folder in ("bench", "guests", "tests")
+        for folder in ("bench", "fuzz", "guests", "tests")
         for path in (TESTS.parent / folder).rglob("*.py")
         for name in imported_tests(ast.parse(path.read_text()))
     }

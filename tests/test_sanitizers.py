@@ -6,20 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.support.asan import asan_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
-
-
-def asan_runtime() -> str:
-    if not shutil.which("gcc"):
-        pytest.skip("no gcc")
-    command = ["gcc", "-print-file-name=libasan.so"]
-    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not os.path.isabs(path):
-        pytest.skip("gcc has no libasan")
-    return path
 
 
 def test_ring_tests_pass_under_the_sanitizers(tmp_path: Path) -> None:
