@@ -45,14 +45,15 @@ enum {
     ND_LANDLOCK_CREATE_RULESET = 444,
     ND_LANDLOCK_ADD_RULE = 445,
     ND_LANDLOCK_RESTRICT_SELF = 446,
-    ND_CLONE_TREE = 1,          /* OPEN_TREE_CLONE */
-    ND_MOVE_EMPTY_PATH = 4,     /* MOVE_MOUNT_F_EMPTY_PATH */
-    ND_RECURSIVE = 0x8000,      /* AT_RECURSIVE */
-    ND_CLOEXEC = 1,             /* FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC */
-    ND_SET_STRING = 1,          /* FSCONFIG_SET_STRING */
-    ND_CREATE = 6,              /* FSCONFIG_CMD_CREATE */
-    ND_BENEATH = 1,             /* LANDLOCK_RULE_PATH_BENEATH */
-    ND_PR_SET_MDWE = 65,        /* Linux 6.3 */
+    ND_CLONE_TREE = 1,      /* OPEN_TREE_CLONE */
+    ND_MOVE_EMPTY_PATH = 4, /* MOVE_MOUNT_F_EMPTY_PATH */
+    ND_RECURSIVE = 0x8000,  /* AT_RECURSIVE */
+    ND_CLOEXEC = 1,         /* FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC */
+    ND_SET_STRING = 1,      /* FSCONFIG_SET_STRING */
+    ND_CREATE = 6,          /* FSCONFIG_CMD_CREATE */
+    ND_BENEATH = 1,         /* LANDLOCK_RULE_PATH_BENEATH */
+    ND_PR_SET_MDWE = 65,    /* Linux 6.3 */
+    ND_PR_GET_MDWE = 66,
     ND_PR_MDWE_REFUSE_EXEC = 1, /* memory that could be written is never executed */
 };
 
@@ -138,5 +139,9 @@ int nd_landlock_enforce(int ruleset) {
 int nd_hide_memory(void) { return nd_result(prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)); }
 
 int nd_never_execute(void) {
-    return nd_result(prctl(ND_PR_SET_MDWE, ND_PR_MDWE_REFUSE_EXEC, 0, 0, 0));
+    int result = nd_result(prctl(ND_PR_SET_MDWE, ND_PR_MDWE_REFUSE_EXEC, 0, 0, 0));
+    /* Whoever started us may have asked for it already, and for more. */
+    if (result == -EPERM && prctl(ND_PR_GET_MDWE, 0, 0, 0, 0) & ND_PR_MDWE_REFUSE_EXEC)
+        return 0;
+    return result;
 }

@@ -11,9 +11,9 @@ from ninepd.errors import UsageError
 
 CAP_DAC_READ_SEARCH: Final = 2
 _SETGID: Final = 6
-_REACHING: Final = {"DAC_OVERRIDE": 1, "FOWNER": 3}
-"""To change any user's files."""
-_CREATING: Final = {**_REACHING, "CHOWN": 0, "SETGID": _SETGID, "SETUID": 7}
+REACHING: Final = frozenset({1, 3})
+"""DAC_OVERRIDE and FOWNER, to change any user's files."""
+_CREATING: Final = {"CHOWN": 0, "SETGID": _SETGID, "SETUID": 7}
 """To create them as any user, too."""
 CAP_SETPCAP: Final = 8
 _ALSO: Final = {"FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
@@ -31,12 +31,12 @@ _lib: Final = cast("_Lib", _libvring.lib)
 
 def privileged() -> bool:
     """May this process create files as any user?"""
-    return has_capabilities(*_CREATING.values(), CAP_SETPCAP)
+    return has_capabilities(*REACHING, *_CREATING.values(), CAP_SETPCAP)
 
 
 def overrides_permissions() -> bool:
     """May this process do what the permissions of some files do not let it?"""
-    return any(has_capabilities(bit) for bit in (*_REACHING.values(), CAP_DAC_READ_SEARCH))
+    return any(has_capabilities(bit) for bit in (*REACHING, CAP_DAC_READ_SEARCH))
 
 
 @cache
@@ -54,8 +54,12 @@ def has_capabilities(*bits: int) -> bool:
     return all(_at_first() >> bit & 1 for bit in bits)
 
 
-def _may_set_groups() -> bool:
-    """Not in a user namespace that an ordinary user has made (user_namespaces(7))."""
+@cache
+def may_set_groups() -> bool:
+    """Might this process when it was asked first?
+
+    Not in a user namespace that an ordinary user has made (user_namespaces(7)).
+    """
     with open("/proc/self/setgroups", encoding="ascii") as answer:
         return answer.read().strip() == "allow"
 
@@ -66,7 +70,7 @@ def needed(*, as_others: bool, by_handle: bool, trusted_xattrs: bool) -> frozens
     ``as_others``: files are created as the guest's users; else all are ours. ``by_handle``: they
     are found again by file handle.
     """
-    keep = {*_REACHING.values()}
+    keep = {*REACHING}
     if as_others and privileged():
         keep |= {*_CREATING.values(), *_ALSO.values()}
         if trusted_xattrs:
@@ -82,8 +86,11 @@ def give_up(keep: Collection[int]) -> None:
     Nothing that is executed gets more, and no dump of memory is left on disk. UsageError if
     securebits are locked so that a guest's user would take them away.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.getgroups() and has_capabilities(_SETGID) and _may_set_groups():
+    # With 1, unlike 0, there is none either where a program takes them (fs/coredump.c).
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    size = 1 if most else 0
+    resource.setrlimit(resource.RLIMIT_CORE, (size, size))
+    if os.getgroups() and has_capabilities(_SETGID) and may_set_groups():
         os.setgroups([])
     error = _lib.nd_keep_only(sum(1 << bit for bit in keep))
     if error:

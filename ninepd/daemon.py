@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 import uvloop
 
 from ninepd import foreign, sandbox, systemd
-from ninepd.capabilities import CAP_DAC_READ_SEARCH, give_up, has_capabilities, needed
+from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities, needed
 from ninepd.config import MAPPED, Export, HostMounts, Multidevs, Reclaim, Sandbox
 from ninepd.connection import Connection
 from ninepd.errors import UsageError
@@ -108,24 +108,32 @@ class Offer:
 
     def _choose_sandbox(self) -> sandbox.Choice:
         export = self.export
-        by_handle = export.reclaim != Reclaim.NAMES and has_capabilities(CAP_DAC_READ_SEARCH)
-        choice = sandbox.choose(Sandbox(export.sandbox), self._rooms, by_handle)
+        choice = sandbox.choose(Sandbox(export.sandbox), self._rooms)
         if export.host_mounts == HostMounts.IGNORE and choice.mode is not Sandbox.NAMESPACE:
             raise UsageError(
                 f"--host-mounts: sandbox {choice.mode} leaves the host's mounts; ignore goes with "
                 "namespace"
             )
+        # Landlock does not keep those that override permissions from modes and owners.
+        weak = choice.mode is Sandbox.NONE or (
+            choice.mode is Sandbox.LANDLOCK and self.capabilities
+        )
         for lack in choice.lacks:
-            level = logging.WARNING if choice.mode is Sandbox.NONE else logging.INFO
+            level = logging.WARNING if weak else logging.INFO
             log.log(level, "%s: sandbox %s, %s", export.tag, choice.mode, lack)
         return choice
+
+    @property
+    def by_handle(self) -> bool:
+        """May files be opened by handle?"""
+        return self.export.reclaim != Reclaim.NAMES and has_capabilities(CAP_DAC_READ_SEARCH)
 
     @property
     def capabilities(self) -> frozenset[int]:
         """What serving it takes, once it is shut in."""
         return needed(
             as_others=self.model not in MAPPED,
-            by_handle=self.export.reclaim != Reclaim.NAMES,
+            by_handle=self.by_handle,
             trusted_xattrs=self.export.trusted_xattrs,
         )
 
@@ -133,9 +141,10 @@ class Offer:
     def _rooms(self) -> sandbox.Rooms:
         return sandbox.Rooms(
             self._directory,
-            self.listener.folder,
             self.export.readonly,
             self.export.host_mounts == HostMounts.FOLLOW,
+            self.by_handle,
+            self.capabilities,
         )
 
     def shut_in(self) -> None:
@@ -145,10 +154,11 @@ class Offer:
         """
         systemd.connect()
         foreign.remember_mounts()
-        keep = self.capabilities
-        sandbox.enter(self.sandbox, self._rooms)
-        give_up(keep)
-        sandbox.finish(self.sandbox)
+        rooms = self._rooms
+        if self.sandbox.mode is not Sandbox.NONE:
+            self.listener.entrust_name(self.export.tag)
+        sandbox.enter(self.sandbox, rooms)
+        sandbox.finish(self.sandbox, rooms)
 
     def close(self) -> None:
         """Another process serves it: let its descriptors go."""

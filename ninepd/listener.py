@@ -19,6 +19,7 @@ from typing import Final
 
 from ninepd.config import Export
 from ninepd.errors import UsageError
+from ninepd.remover import Remover
 from ninepd.syscalls import fd_path
 
 _BACKLOG: Final = 4
@@ -35,6 +36,7 @@ class Listener:
     def __init__(self, export: Export) -> None:
         """It listens, or is connected already if the export's descriptor is; or UsageError."""
         self._place: _Place | None = None
+        self._remover: Remover | None = None
         path, fd = export.socket_path, export.fd
         if path is not None:
             try:
@@ -47,21 +49,29 @@ class Listener:
             self.socket.set_inheritable(False)
         self.listening = bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
-    @property
-    def folder(self) -> int | None:
-        """The folder of its name, if that is ours to remove."""
-        return None if self._place is None else self._place.folder
-
     def close(self) -> None:
         """Let it go; what others have of it stays, and so does its name."""
         self.socket.close()
+        self.forget_name()
+
+    def forget_name(self) -> None:
+        """It is another process's to remove."""
         place, self._place = self._place, None
         if place is not None:
             place.close()
 
+    def entrust_name(self, tag: str) -> None:
+        """It will be out of reach for this process, but not for one that is made now."""
+        if self._place is not None:
+            name = f"{tag} (socket)"
+            self._remover = Remover(name, self._place.remove, self._place.descriptors)
+            self.forget_name()
+
     def remove(self) -> None:
         """Remove its name, if it is still ours, so that nobody connects in vain; then close."""
-        if self._place is not None:
+        if self._remover is not None:
+            self._remover.remove()
+        elif self._place is not None:
             with contextlib.suppress(OSError):
                 self._place.remove()
         self.close()
@@ -72,11 +82,11 @@ class _Place:
 
     def __init__(self, path: str, export: Export) -> None:
         folder, self._name = os.path.split(path)
-        self.folder = _open_folder(folder or ".")
+        self._folder = _open_folder(folder or ".")
         self._inode = -1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with _locked(self.folder):
+            with _locked(self._folder):
                 self._refuse_occupied(path)
                 self._listen(export)
         except BaseException:
@@ -84,22 +94,27 @@ class _Place:
             self.close()
             raise
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """All that removing it takes."""
+        return self._folder, self._inode
+
     def close(self) -> None:
-        os.close(self.folder)
+        os.close(self._folder)
         if self._inode >= 0:
             os.close(self._inode)
 
     def remove(self) -> None:
-        with _locked(self.folder, 0):
+        with _locked(self._folder, 0):
             # The inode cannot be another's: we have held it since.
-            there = os.stat(self._name, dir_fd=self.folder, follow_symlinks=False)
+            there = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
             if os.path.samestat(os.fstat(self._inode), there):
-                os.unlink(self._name, dir_fd=self.folder)
+                os.unlink(self._name, dir_fd=self._folder)
 
     def _refuse_occupied(self, path: str) -> None:
         """UsageError unless there is nothing, or a socket that nobody listens on any more."""
         try:
-            occupant = _hold(self._name, self.folder)
+            occupant = _hold(self._name, self._folder)
         except FileNotFoundError:
             return
         try:
@@ -113,13 +128,13 @@ class _Place:
             os.close(occupant)
 
     def _listen(self, export: Export) -> None:
-        with _private_folder(self.folder) as private:
+        with _private_folder(self._folder) as private:
             self.socket.bind(f"{fd_path(private)}/{_UNNAMED}")
             try:
                 self._inode = _hold(_UNNAMED, private)
                 self._let_in(export)
                 self.socket.listen(_BACKLOG)
-                os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self.folder)
+                os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self._folder)
             except BaseException:
                 os.unlink(_UNNAMED, dir_fd=private)
                 raise

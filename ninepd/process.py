@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import select
+import stat
 import sys
 from collections.abc import Collection
 from typing import Final, Protocol, cast
@@ -16,6 +17,7 @@ class _Lib(Protocol):
 
 
 _lib: Final = cast("_Lib", _libvring.lib)
+_NULL: Final = os.makedev(1, 3)
 
 
 def open_standard_descriptors() -> None:
@@ -37,11 +39,29 @@ def open_standard_descriptors() -> None:
 
 def close_inherited(keep: Collection[int]) -> None:
     """What whoever started us has left open by mistake must not be in reach of a guest."""
-    after = 3
-    for fd in sorted(keep):
-        os.closerange(after, fd)
-        after = max(after, fd + 1)
-    os.closerange(after, os.sysconf("SC_OPEN_MAX"))
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):  # the one that has listed them
+                os.close(fd)
+
+
+def hold_standard_descriptors() -> None:
+    """Have what leads nowhere in place of standard input and output, and of /dev/null as errors.
+
+    Who may change the modes of files could do so to what they are.
+    """
+    errors = os.fstat(2)
+    at_end, without_writer = os.pipe()
+    without_reader, into_nothing = os.pipe()
+    os.close(without_writer)
+    os.close(without_reader)
+    os.dup2(at_end, 0)
+    os.dup2(into_nothing, 1)
+    if stat.S_ISCHR(errors.st_mode) and errors.st_rdev == _NULL:
+        os.dup2(into_nothing, 2)
+    os.close(at_end)
+    os.close(into_nothing)
 
 
 def write_error(line: str) -> None:

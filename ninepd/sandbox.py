@@ -18,18 +18,20 @@ from functools import cache
 from typing import Final, NamedTuple
 
 from ninepd import walls
-from ninepd.capabilities import CAP_SYS_ADMIN, has_capabilities
+from ninepd.capabilities import CAP_SYS_ADMIN, give_up, has_capabilities, may_set_groups
 from ninepd.config import Sandbox
 from ninepd.errors import UsageError
-from ninepd.syscalls import fd_path
+from ninepd.process import hold_standard_descriptors
 from ninepd.walls import Access, Attributes, Unshare
 
 _LEAST_LANDLOCK: Final = 2
 """The first version in which a file can be renamed into another directory."""
 _ERRATUM_DISCONNECTED: Final = 1 << 2
 """Mended: what is below a directory that was opened by handle is refused (landlock errata, 3)."""
-_PROC: Final = b"proc"
 _EXPORT: Final = b"export"
+_OWN: Final = (b"proc/self/fd", b"proc/self/fdinfo", b"proc/self/mountinfo")
+"""Not the rest of it: its links lead to the program's own files, where they lie on the host."""
+_FOLDERS: Final = (b"proc", b"proc/self", *_OWN[:2])
 _TREE: Final = Attributes.NOSUID | Attributes.NODEV | Attributes.NOEXEC | Attributes.NOSYMFOLLOW
 _ROOT: Final = _TREE | Attributes.RDONLY
 _SELF: Final = Attributes.RDONLY | Attributes.NOSUID | Attributes.NODEV | Attributes.NOEXEC
@@ -44,6 +46,8 @@ class Choice(NamedTuple):
 
     mode: Sandbox
     """Any but AUTO."""
+    filtered: bool = False
+    """Are system calls, and what memory may be, restricted?"""
     landlock: bool = False
     users: bool = False
     """By a user namespace?"""
@@ -52,18 +56,20 @@ class Choice(NamedTuple):
 
 
 class Rooms(NamedTuple):
-    """What a process is shut in with: descriptors, which lead to the same places afterwards."""
+    """What a process needs that is shut in."""
 
     directory: int
-    """The root of the export."""
-    folder: int | None
-    """Of its socket, whose name is to be removed at the end."""
+    """The root of the export: a descriptor, which leads there afterwards, too."""
     readonly: bool
     follow: bool
     """Shall what the host mounts below the export later appear?"""
+    by_handle: bool
+    """Shall files be opened by handle?"""
+    keep: frozenset[int]
+    """Capabilities."""
 
 
-class _WallError(Exception):
+class _WallError(UsageError):
     """A wall that cannot be built here; says which, and why."""
 
 
@@ -75,40 +81,42 @@ def _wall(name: str) -> Iterator[None]:
         raise _WallError(f"{name}: {error.strerror}") from error
 
 
-def choose(wanted: Sandbox, rooms: Rooms, by_handle: bool) -> Choice:
-    """What can be had here of what is wanted; UsageError if that is not enough.
-
-    ``by_handle``: shall files be opened by handle?
-    """
+def choose(wanted: Sandbox, rooms: Rooms) -> Choice:
+    """What can be had here of what is wanted; UsageError if that is not enough."""
     if wanted is Sandbox.NONE:
         return Choice(wanted)
     lacks = []
-    landlock = _landlock_trouble(by_handle and has_capabilities(CAP_SYS_ADMIN))
+    landlock = _landlock_trouble(rooms.by_handle)
     if landlock:
         lacks.append(f"Landlock is left out: {landlock}")
     if not walls.can_filter_calls():
         lacks.append("system calls are not filtered: nobody has tried it on this architecture")
     if wanted is not Sandbox.LANDLOCK:
         users = not has_capabilities(CAP_SYS_ADMIN)
-        choice = Choice(Sandbox.NAMESPACE, not landlock, users, tuple(lacks))
+        trouble = ""
         if users and wanted is Sandbox.AUTO:
             trouble = "they need CAP_SYS_ADMIN, or --sandbox namespace and a user namespace"
-        else:
+        for locked in () if trouble else (False,) if landlock else (True, False):
+            choice = Choice(Sandbox.NAMESPACE, True, locked, users, tuple(lacks))
             trouble = _trouble(choice, rooms)
-        if not trouble:
-            return choice
+            if not trouble:
+                return choice
         if wanted is Sandbox.NAMESPACE:
             raise UsageError(f"--sandbox: namespace cannot be had here ({trouble}); use auto")
         lacks.insert(0, f"no namespaces: {trouble}")
     if not landlock:
-        choice = Choice(Sandbox.LANDLOCK, landlock=True, lacks=tuple(lacks))
+        choice = Choice(Sandbox.LANDLOCK, True, landlock=True, lacks=tuple(lacks))
         landlock = _trouble(choice, rooms)
         if not landlock:
             return choice
         lacks.append(f"no Landlock: {landlock}")
     if wanted is Sandbox.LANDLOCK:
         raise UsageError(f"--sandbox: landlock cannot be had here ({landlock}); use auto")
-    return Choice(Sandbox.NONE, lacks=tuple(lacks))
+    choice = Choice(Sandbox.NONE, True)
+    trouble = _trouble(choice, rooms)
+    if trouble:
+        lacks.append(f"no filter of system calls: {trouble}")
+    return Choice(Sandbox.NONE, not trouble, lacks=tuple(lacks))
 
 
 def _landlock_trouble(by_handle: bool) -> str:
@@ -128,10 +136,12 @@ def _trouble(choice: Choice, rooms: Rooms) -> str:
         answer = "a bug"
         try:
             enter(choice, rooms)
-            finish(choice)
+            finish(choice, rooms)
             answer = ""
         except _WallError as error:
             answer = str(error)
+        except UsageError:
+            answer = ""  # no wall is at fault; it is said when it happens again
         finally:
             os.write(writing, answer.encode() or b"\0")
             os._exit(0)
@@ -144,6 +154,7 @@ def _trouble(choice: Choice, rooms: Rooms) -> str:
 
 def enter(choice: Choice, rooms: Rooms) -> None:
     """Before this process has other threads. All that it opens by name it has opened by now."""
+    may_set_groups()  # that is asked a file which will be out of reach
     if choice.mode is Sandbox.NAMESPACE:
         _move(choice.users, rooms)
     if choice.landlock:
@@ -151,26 +162,27 @@ def enter(choice: Choice, rooms: Rooms) -> None:
             _restrict(rooms)
 
 
-def finish(choice: Choice) -> None:
+def finish(choice: Choice, rooms: Rooms) -> None:
     """When there is nothing more to set up. For all threads."""
-    if choice.mode is Sandbox.NONE:
-        return
-    with _wall("memory of its own"):
-        walls.hide_memory()
-    _filter(watches=False)
+    give_up(rooms.keep)
+    if choice.filtered:
+        hold_standard_descriptors()
+        with _wall("memory of its own"):
+            walls.hide_memory()
+        _filter(watches=False, by_handle=rooms.by_handle)
 
 
-def watch() -> None:
+def watch(by_handle: bool) -> None:
     """This process will start others, which shut themselves in, and do nothing else any more."""
-    _filter(watches=True)
+    _filter(watches=True, by_handle=by_handle)
 
 
-def _filter(watches: bool) -> None:
+def _filter(watches: bool, by_handle: bool) -> None:
     with _wall("memory that is never executed"):
         walls.never_execute()
     if walls.can_filter_calls():
         with _wall("the filter of system calls"):
-            walls.filter_calls(watches)
+            walls.filter_calls(watches, by_handle)
 
 
 def _move(users: bool, rooms: Rooms) -> None:
@@ -190,24 +202,30 @@ def _move(users: bool, rooms: Rooms) -> None:
         export = walls.clone_tree(walls.AT_FDCWD, b".", recursive=True)
         readonly = Attributes.RDONLY if rooms.readonly else Attributes(0)
         walls.restrict_tree(export, _TREE | readonly, recursive=True)
-        own = walls.clone_tree(walls.AT_FDCWD, b"/proc/self", recursive=False)
-        walls.restrict_tree(own, _SELF)
-        folder = _copied(rooms.folder)
+        own = {name: walls.clone_tree(walls.AT_FDCWD, b"/" + name, False) for name in _OWN}
+        for mount in own.values():
+            walls.restrict_tree(mount, _SELF)
         root = walls.new_tmpfs()
-        for name in (_PROC, _PROC + b"/self", _EXPORT):
-            os.mkdir(name, 0o755, dir_fd=root)
+        _make_places(root)
     with _wall("an empty root"):
         walls.change_root(root)
-        walls.attach_tree(own, root, _PROC + b"/self")
+        for name, mount in own.items():
+            walls.attach_tree(mount, root, name)
         if rooms.follow:
             walls.attach_tree(export, root, _EXPORT)
         walls.restrict_tree(root, _ROOT)
     os.dup2(export, rooms.directory, inheritable=False)
-    if rooms.folder is not None:
-        os.dup2(root if folder is None else folder, rooms.folder, inheritable=False)
-    for fd in (root, own, export, folder):
-        if fd is not None:
-            os.close(fd)
+    for fd in (root, export, *own.values()):
+        os.close(fd)
+
+
+def _make_places(root: int) -> None:
+    """For what is mounted there."""
+    for name in (*_FOLDERS, _EXPORT):
+        os.mkdir(name, 0o755, dir_fd=root)
+    for name in _OWN:
+        if name not in _FOLDERS:
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444, dir_fd=root))
 
 
 def _map_self(uid: int, gid: int) -> None:
@@ -221,29 +239,13 @@ def _map_self(uid: int, gid: int) -> None:
             file.write(line)
 
 
-def _copied(folder: int | None) -> int | None:
-    """The folder alone, so that nothing above it can be reached by it; None if it has moved."""
-    if folder is None:
-        return None
-    path = os.readlink(os.fsencode(fd_path(folder)))
-    try:
-        copy = walls.clone_tree(walls.AT_FDCWD, path, recursive=False)
-    except FileNotFoundError:
-        return None
-    if os.path.samestat(os.fstat(copy), os.fstat(folder)):
-        walls.restrict_tree(copy, _TREE)
-        return copy
-    os.close(copy)
-    return None
-
-
 def _restrict(rooms: Rooms) -> None:
     ruleset, known = walls.landlock_ruleset(walls.landlock_version())
     walls.landlock_allow(ruleset, rooms.directory, _LOOK if rooms.readonly else known & ~_NEVER)
-    if rooms.folder is not None:
-        walls.landlock_allow(ruleset, rooms.folder, Access.REMOVE_FILE)
-    own = os.open("/proc/self", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    walls.landlock_allow(ruleset, own, _LOOK)
+    for name in _OWN:
+        own = os.open(b"/" + name, os.O_PATH | os.O_CLOEXEC)
+        is_folder = name in _FOLDERS
+        walls.landlock_allow(ruleset, own, _LOOK if is_folder else Access.READ_FILE)
+        os.close(own)
     walls.landlock_enforce(ruleset)
-    os.close(own)
     os.close(ruleset)

@@ -19,9 +19,10 @@ from collections.abc import Collection, Iterator
 from typing import Final, NoReturn
 
 from ninepd import daemon, sandbox, systemd
-from ninepd.capabilities import CAP_SETPCAP, CAP_SYS_ADMIN, give_up, privileged
+from ninepd.capabilities import CAP_SETPCAP, CAP_SYS_ADMIN, REACHING, give_up, privileged
 from ninepd.config import Config, Sandbox
 from ninepd.daemon import Offer
+from ninepd.errors import UsageError
 from ninepd.process import close_inherited, name_process, raise_file_limit
 
 log = logging.getLogger(__name__)
@@ -93,13 +94,13 @@ class _Supervisor:
     def _shut_in(self) -> None:
         """As far as those can be who still have to shut themselves in."""
         offers = [worker.offer for worker in self._workers]
-        keep = {CAP_SETPCAP}.union(*(offer.capabilities for offer in offers))
+        keep = REACHING.union({CAP_SETPCAP}, *(offer.capabilities for offer in offers))
         if any(offer.sandbox.mode is Sandbox.NAMESPACE for offer in offers):
-            keep.add(CAP_SYS_ADMIN)
+            keep |= {CAP_SYS_ADMIN}
         systemd.connect()
         give_up(keep)
-        if all(offer.sandbox.mode is not Sandbox.NONE for offer in offers):
-            sandbox.watch()
+        if all(offer.sandbox.filtered for offer in offers):
+            sandbox.watch(by_handle=any(offer.by_handle for offer in offers))
 
     # Waiting
 
@@ -143,15 +144,15 @@ class _Supervisor:
         """The life of a child."""
         status = 1
         try:
-            supervisor = os.getppid()
             systemd.leave()
+            worker.offer.listener.forget_name()
             for other in self._workers:
                 if other is not worker:
                     other.offer.close()
             daemon.serve(worker.offer, self._once)
-            if os.getppid() != supervisor:
-                worker.offer.withdraw()  # there is nobody else who could
             status = 0
+        except UsageError as error:
+            log.error("%s: %s", worker.tag, error)  # noqa: TRY400 - a sentence
         except BaseException:
             log.exception("%s: a bug ended its process", worker.tag)
         finally:

@@ -68,7 +68,7 @@ class _Lib(Protocol):
     def nd_hide_memory(self) -> int: ...
     def nd_never_execute(self) -> int: ...
     def nd_can_filter_calls(self) -> bool: ...
-    def nd_filter_calls(self, watches: bool) -> int: ...
+    def nd_filter_calls(self, watches: bool, by_handle: bool) -> int: ...
 
 
 _lib: Final = cast("_Lib", _libvring.lib)
@@ -163,9 +163,9 @@ def can_filter_calls() -> bool:
     return _lib.nd_can_filter_calls()
 
 
-def filter_calls(watches: bool = False) -> None:
-    """From here on, only the system calls that serving takes.
+def filter_calls(watches: bool = False, by_handle: bool = False) -> None:
+    """From here on, only the system calls that serving takes; ``by_handle``: files by handle, too.
 
-    Or those that starting processes takes which serve, and watching over them.
+    ``watches``: and those that starting processes takes which serve, and watching over them.
     """
-    checked(_lib.nd_filter_calls(watches))
+    checked(_lib.nd_filter_calls(watches, by_handle))

@@ -40,7 +40,7 @@ def check(pid: int, expected: set[int]) -> None:
             assert sets["CapBnd"] <= expected
             assert found["Groups"].strip() == ""
     assert (
-        "Max core file size        0                    0"
+        "Max core file size        1                    1"
         in Path(f"/proc/{pid}/limits").read_text()
     )
 

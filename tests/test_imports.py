@@ -24,7 +24,7 @@ LAYERS: Final = (
     {"supervisor"},
     {"daemon"},
     {"connection", "exposure", "listener", "sandbox", "systemd"},
-    {"control", "device", "frontend"},
+    {"control", "device", "frontend", "remover"},
     {"throttled"},
     {"pipeline"},
     {"turns"},

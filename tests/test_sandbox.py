@@ -11,15 +11,22 @@ from pathlib import Path
 import pytest
 
 from ninepd.p9.messages import Treadlink
-from tests.conftest import Mount, StartDaemon
+from tests.conftest import OTHER_USER, Mount, StartDaemon
 from tests.support.client import ROOT, Client
 from tests.support.prisoner import PROBES, WALLS
+
+NAME = f"ninepd-probe-{os.getpid()}"
+"""Of an abstract socket (unix(7))."""
 
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A server on the host that whoever has its network can reach."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    """Of a server on the host that whoever has its network can reach; beside it is NAME."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        other.bind("\0" + NAME)
         yield server.getsockname()[1]
 
 
@@ -28,11 +35,16 @@ def attempt(
 ) -> dict[str, str]:
     """What came of each probe: "done", the name of an errno, or "killed"."""
     (tmp_path / "export").mkdir(mode=0o755)
+    outside = tmp_path / "outside"
+    outside.touch(mode=0o666)
+    if launcher:
+        os.chown(outside, OTHER_USER, OTHER_USER)
     program = [*launcher, sys.executable, "-m", "tests.support.prisoner", wall]
     serve = ["serve", "--export", str(tmp_path / "export"), "--socket-path", str(tmp_path / "s")]
     result = subprocess.run(
         [*program, *serve, "--tag", "t", *options],
-        env=os.environ | {"PROBE_PORT": str(port)},
+        env=os.environ | {"PROBE_PORT": str(port), "PROBE_NAME": NAME, "PROBE_FILE": str(outside)},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
@@ -49,8 +61,10 @@ def successful(answers: dict[str, str]) -> set[str]:
     return {probe for probe, answer in answers.items() if answer == "done"}
 
 
-INTO_THE_SAME_WALLS = {"fork"}
-"""What the filter alone forbids, because it is of no use."""
+WITHOUT_FILTER = {"fork", "owner"}
+"""What goes on behind the same walls, and what is done but has no effect beyond Landlock."""
+WITHOUT = {"calls": WITHOUT_FILTER, "mounts": {"chmod", "program"}}
+"""Landlock knows no modes."""
 
 
 @pytest.mark.threat("t_syscalls", "t_fsview")
@@ -58,15 +72,15 @@ INTO_THE_SAME_WALLS = {"fork"}
 @pytest.mark.parametrize("wall", WALLS)
 def test_no_way_out(tmp_path: Path, port: int, wall: str) -> None:
     answers = attempt(tmp_path, port, wall, "--sandbox", "namespace")
-    assert successful(answers) == (INTO_THE_SAME_WALLS if wall == "calls" else set())
+    assert successful(answers) == WITHOUT.get(wall, set())
 
 
 OF_AN_ORDINARY_USER = {
-    "-": set(),
-    "calls": INTO_THE_SAME_WALLS,
-    "landlock": {"read", "list", "write", "climb"},
+    "-": {"chmod"},
+    "calls": {"chmod", *WITHOUT_FILTER},
+    "landlock": {"chmod", "climb", "list", "read", "truncate", "write"},
 }
-"""What gets through without a wall: he asks for no user namespace."""
+"""What gets through without a wall: he asks for no user namespace, and Landlock knows no modes."""
 
 
 @pytest.mark.parametrize("wall", OF_AN_ORDINARY_USER)
@@ -97,10 +111,11 @@ NAMESPACES = ("mnt", "net", "ipc", "uts")
 
 
 def attributes(pid: int) -> set[str]:
-    """Of the only mount of the host's that it has."""
+    """Of the only mount of the host's that it has beside what procfs says of itself."""
     lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     found = {line.split()[4]: set(line.split()[5].split(",")) for line in lines}
-    assert set(found) == {"/", "/export", "/proc/self"}
+    own = {f"/proc/self/{name}" for name in ("fd", "fdinfo", "mountinfo")}
+    assert found.keys() == {"/", "/export", *own}
     return found["/export"]
 
 

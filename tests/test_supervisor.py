@@ -93,8 +93,26 @@ def test_names_that_administrators_see(supervisor: Daemon) -> None:
 
 
 def test_name_of_a_single_export(daemon: Daemon) -> None:
-    assert Path(f"/proc/{daemon.pid}/cmdline").read_bytes().rstrip(b"\0") == b"ninepd: test"
-    assert children(daemon.pid) == []
+    """Beside it is who removes its socket, with nothing else in hand."""
+    (other,) = children(daemon.pid)
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") for pid in (daemon.pid, other)]
+    assert names == [b"ninepd: test", b"ninepd: test (socket)"]
+    held = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{other}/fd")}
+    folder = os.path.dirname(daemon.socket)
+    assert {link for link in held if link.startswith("/")} == {folder, daemon.socket}
+
+
+def test_socket_of_a_single_export_goes_however_it_ends(
+    daemon: Daemon, end_of: Callable[[int], int]
+) -> None:
+    (other,) = children(daemon.pid)
+    end = end_of(other)
+    os.kill(other, signal.SIGTERM)  # as a terminal's Ctrl-C, and some service managers
+    with Client(daemon.socket) as client:
+        client.attach()
+    daemon.process.kill()
+    wait_for_end(end)
+    assert not os.path.exists(daemon.socket)
 
 
 def test_name_that_is_longer_than_the_command_line(
@@ -240,7 +258,10 @@ def test_hangup_is_harmless(supervisor: Daemon, sockets: list[str]) -> None:
 def test_guests_outlive_the_supervisor(
     tmp_path: Path, sockets: list[str], end_of: Callable[[int], int]
 ) -> None:
-    """Whoever kills it wants no guest to lose its files. The rest of them end one by one."""
+    """Whoever kills it wants no guest to lose its files. The rest of them end one by one.
+
+    Nobody is left to remove the sockets then: the next supervisor takes their place.
+    """
     daemon = Daemon(socket="", export="", config=write_config(tmp_path, sockets))
     pids = children(daemon.pid)
     ends = [end_of(pid) for pid in pids]
@@ -256,9 +277,12 @@ def test_guests_outlive_the_supervisor(
             os.kill(pid, signal.SIGTERM)
     for end in ends:
         wait_for_end(end)
-    assert not any(map(os.path.exists, sockets))
     assert daemon.stop() == -signal.SIGKILL
     assert daemon.log == ""
+    daemon = Daemon(socket="", export="", config=write_config(tmp_path, sockets))
+    exchange(sockets[0])
+    assert daemon.stop() == 0
+    assert not any(map(os.path.exists, sockets))
 
 
 def test_once(tmp_path: Path, sockets: list[str]) -> None:

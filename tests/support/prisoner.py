@@ -6,9 +6,11 @@ of them. What is shut in is the real daemon; only what it does next is not servi
 
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -20,6 +22,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _PTRACE_SEIZE: Final = 0x4206  # which does not stop it
 _SYS_INIT_MODULE: Final = {"x86_64": 175, "aarch64": 105}[os.uname().machine]
 _WHERE: Final = os.getppid()
+_PROGRAM: Final = os.stat("/proc/self/exe")
 
 
 def _nothing(*_arguments: Any, **_keywords: Any) -> None:
@@ -30,7 +33,7 @@ WALLS: Final[dict[str, Callable[[], None]]] = {
     "-": _nothing,
     "mounts": lambda: setattr(sandbox, "_move", _nothing),
     "landlock": lambda: setattr(sandbox, "_restrict", _nothing),
-    "capabilities": lambda: setattr(daemon, "give_up", _nothing),
+    "capabilities": lambda: setattr(sandbox, "give_up", _nothing),
     "calls": lambda: setattr(walls, "filter_calls", _nothing),
 }
 
@@ -80,6 +83,32 @@ def _mount() -> None:
     _checked(_libc.umount2(b"/proc", 0))
 
 
+def _change_program() -> None:
+    os.chmod("/proc/self/exe", _PROGRAM.st_mode)
+
+
+def _change_input() -> None:
+    """/dev/null belongs to everybody."""
+    found = os.fstat(0)
+    if not stat.S_ISCHR(found.st_mode):
+        raise OSError(errno.ENODEV, "it is no device")
+    os.fchmod(0, found.st_mode)
+
+
+def _set_signal() -> None:
+    """A socket that has something to read sends a signal to whom it belongs to."""
+    ours, its = socket.socketpair()
+    with ours, its:
+        fcntl.fcntl(ours, fcntl.F_SETOWN, _WHERE)
+
+
+def _send_datagram() -> None:
+    """A socket of the host's network, which has been there before; it may not be made any more."""
+    ours, its = socket.socketpair(type=socket.SOCK_DGRAM)
+    with ours, its:
+        ours.sendto(b"out", "\0" + os.environ["PROBE_NAME"])
+
+
 def _fork() -> None:
     pid = os.fork()
     if not pid:
@@ -95,6 +124,13 @@ PROBES: Final[dict[str, Callable[[], None]]] = {
     "connect": _connect,
     "ptrace": lambda: _checked(_libc.ptrace(_PTRACE_SEIZE, _WHERE, None, None)),
     "signal": lambda: os.kill(_WHERE, 0),
+    "owner": _set_signal,
+    "affinity": lambda: os.sched_setaffinity(_WHERE, os.sched_getaffinity(0)),
+    "datagram": _send_datagram,
+    "program": _change_program,
+    "input": _change_input,
+    "truncate": lambda: os.truncate(os.environ["PROBE_FILE"], 0),
+    "chmod": lambda: os.chmod(os.environ["PROBE_FILE"], 0o600),
     "fork": _fork,
     "exec": lambda: os.execv("/bin/true", ["true"]),
     "mount": _mount,
