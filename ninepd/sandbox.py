@@ -14,10 +14,9 @@ nothing can be given to a group; so there they must be asked for.
 import contextlib
 import os
 from collections.abc import Iterator
-from functools import cache
 from typing import Final, NamedTuple
 
-from ninepd import walls
+from ninepd import syscalls, walls
 from ninepd.capabilities import CAP_SYS_ADMIN, give_up, has_capabilities, may_set_groups
 from ninepd.config import Sandbox
 from ninepd.errors import UsageError
@@ -127,9 +126,20 @@ def _landlock_trouble(by_handle: bool) -> str:
     return ""
 
 
-@cache
+_tried: Final[dict[tuple[Choice, Rooms], str]] = {}
+"""What came of it, with the mount in place of a directory on it: all on one are alike."""
+
+
 def _trouble(choice: Choice, rooms: Rooms) -> str:
     """Why that cannot be done, found out by a process that does it; empty if it can."""
+    mount = syscalls.stat_at(rooms.directory, b"").mnt_id
+    key = choice._replace(lacks=()), rooms._replace(directory=mount)
+    if key not in _tried:
+        _tried[key] = _try(choice, rooms)
+    return _tried[key]
+
+
+def _try(choice: Choice, rooms: Rooms) -> str:
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
