@@ -107,7 +107,7 @@ def flags_of(daemon: Daemon, path: Path) -> list[int]:
     found = []
     for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if os.readlink(link) == str(path):
+            if os.path.samestat(link.stat(), path.stat()):
                 info = Path(f"/proc/{daemon.pid}/fdinfo/{link.name}").read_text()
                 found.append(int(info.split("flags:")[1].split()[0], 8))
     return [flags for flags in found if not flags & os.O_PATH]
