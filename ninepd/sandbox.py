@@ -85,37 +85,38 @@ def choose(wanted: Sandbox, rooms: Rooms) -> Choice:
     if wanted is Sandbox.NONE:
         return Choice(wanted)
     lacks = []
+    users = not has_capabilities(CAP_SYS_ADMIN)
     landlock = _landlock_trouble(rooms.by_handle)
     if landlock:
-        lacks.append(f"Landlock is left out: {landlock}")
-    if not walls.can_filter_calls():
-        lacks.append("system calls are not filtered: nobody has tried it on this architecture")
-    if wanted is not Sandbox.LANDLOCK:
-        users = not has_capabilities(CAP_SYS_ADMIN)
-        trouble = ""
-        if users and wanted is Sandbox.AUTO:
-            trouble = "they need CAP_SYS_ADMIN, or --sandbox namespace and a user namespace"
-        for locked in () if trouble else (False,) if landlock else (True, False):
-            choice = Choice(Sandbox.NAMESPACE, True, locked, users, tuple(lacks))
-            trouble = _trouble(choice, rooms)
-            if not trouble:
-                return choice
-        if wanted is Sandbox.NAMESPACE:
-            raise UsageError(f"--sandbox: namespace cannot be had here ({trouble}); use auto")
-        lacks.insert(0, f"no namespaces: {trouble}")
-    if not landlock:
-        choice = Choice(Sandbox.LANDLOCK, True, landlock=True, lacks=tuple(lacks))
-        landlock = _trouble(choice, rooms)
-        if not landlock:
-            return choice
         lacks.append(f"no Landlock: {landlock}")
-    if wanted is Sandbox.LANDLOCK:
-        raise UsageError(f"--sandbox: landlock cannot be had here ({landlock}); use auto")
-    choice = Choice(Sandbox.NONE, True)
-    trouble = _trouble(choice, rooms)
-    if trouble:
-        lacks.append(f"no filter of system calls: {trouble}")
-    return Choice(Sandbox.NONE, not trouble, lacks=tuple(lacks))
+    if not walls.can_filter_calls():
+        lacks.append("no filter of system calls: nobody has tried it on this architecture")
+    if users and wanted is Sandbox.AUTO:
+        lacks.append(
+            "no namespaces: they need CAP_SYS_ADMIN, or --sandbox namespace and a user namespace"
+        )
+    trouble = landlock
+    for what, choice in _choices(wanted, not landlock, users):
+        trouble = _trouble(choice, rooms)
+        if not trouble:
+            return choice._replace(lacks=tuple(lacks))
+        lacks.append(f"no {what}: {trouble}")
+    if wanted is not Sandbox.AUTO:
+        raise UsageError(f"--sandbox: {wanted} cannot be had here ({trouble}); use auto")
+    return Choice(Sandbox.NONE, lacks=tuple(lacks))
+
+
+def _choices(wanted: Sandbox, landlock: bool, users: bool) -> Iterator[tuple[str, Choice]]:
+    """The strongest first, and what it is called."""
+    if wanted is Sandbox.NAMESPACE or (wanted is Sandbox.AUTO and not users):
+        if landlock:
+            choice = Choice(Sandbox.NAMESPACE, True, landlock=True, users=users)
+            yield "namespaces with Landlock", choice
+        yield "namespaces", Choice(Sandbox.NAMESPACE, True, users=users)
+    if wanted is not Sandbox.NAMESPACE and landlock:
+        yield "Landlock", Choice(Sandbox.LANDLOCK, True, landlock=True)
+    if wanted is Sandbox.AUTO:
+        yield "filter of system calls", Choice(Sandbox.NONE, True)
 
 
 def _landlock_trouble(by_handle: bool) -> str:
@@ -133,7 +134,7 @@ _tried: Final[dict[tuple[Choice, Rooms], str]] = {}
 def _trouble(choice: Choice, rooms: Rooms) -> str:
     """Why that cannot be done, found out by a process that does it; empty if it can."""
     mount = syscalls.stat_at(rooms.directory, b"").mnt_id
-    key = choice._replace(lacks=()), rooms._replace(directory=mount)
+    key = choice, rooms._replace(directory=mount)
     if key not in _tried:
         _tried[key] = _try(choice, rooms)
     return _tried[key]
@@ -182,8 +183,14 @@ def finish(choice: Choice, rooms: Rooms) -> None:
         _filter(watches=False, by_handle=rooms.by_handle)
 
 
-def watch(by_handle: bool) -> None:
-    """This process will start others, which shut themselves in, and do nothing else any more."""
+def watch(by_handle: bool, users: bool) -> None:
+    """This process will start others, which shut themselves in, and do nothing else any more.
+
+    ``users``: by user namespaces, for which they have to write files that are root's if hidden.
+    """
+    if not users:
+        with _wall("memory of its own"):
+            walls.hide_memory()
     _filter(watches=True, by_handle=by_handle)
 
 

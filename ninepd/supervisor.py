@@ -100,7 +100,10 @@ class _Supervisor:
         systemd.connect()
         give_up(keep)
         if all(offer.sandbox.filtered for offer in offers):
-            sandbox.watch(by_handle=any(offer.by_handle for offer in offers))
+            sandbox.watch(
+                by_handle=any(offer.by_handle for offer in offers),
+                users=any(offer.sandbox.users for offer in offers),
+            )
 
     # Waiting
 

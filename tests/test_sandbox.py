@@ -215,7 +215,10 @@ def test_what_was_asked_for_must_be_there(export: Path, tmp_path: Path) -> None:
 def test_auto_takes_what_there_is(start_daemon: StartDaemon) -> None:
     daemon = start_daemon("-v", launcher=(*NO_NAMESPACES, FORBID, "sh"))
     daemon.stop()
-    assert "sandbox landlock, no namespaces: namespaces: No space left on device" in daemon.log
+    trouble = "namespaces: No space left on device"
+    assert f"sandbox landlock, no namespaces with Landlock: {trouble}\n" in daemon.log
+    assert f"sandbox landlock, no namespaces: {trouble}\n" in daemon.log
+    assert "sandbox landlock)\n" in daemon.log
 
 
 def test_nothing_inherited_is_kept(start_daemon: StartDaemon) -> None:
