@@ -107,7 +107,7 @@ static const uint16_t nd_quiet_calls[] = {
 static const uint16_t nd_deadly_calls[] = {
     SYS_execve, SYS_execveat, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_bpf,
     SYS_perf_event_open, SYS_userfaultfd, SYS_keyctl, SYS_add_key, SYS_request_key, SYS_chroot,
-    SYS_setns, SYS_init_module,
+    SYS_init_module,
     SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_reboot, SYS_swapon, SYS_swapoff,
     SYS_connect, SYS_bind, SYS_listen, SYS_kcmp, SYS_quotactl, SYS_acct, SYS_settimeofday,
     SYS_clock_settime, SYS_sethostname, SYS_setdomainname, 433 /* fspick */,
@@ -124,7 +124,7 @@ static const uint16_t nd_deadly_calls[] = {
 /* What a process is shut in by. */
 /* clang-format off */
 static const uint16_t nd_building_calls[] = {
-    SYS_unshare, SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chdir, SYS_fchdir, 428 /* open_tree */,
+    SYS_unshare, SYS_setns, SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chdir, SYS_fchdir, 428 /* open_tree */,
     429 /* move_mount */, 430 /* fsopen */, 431 /* fsconfig */, 432 /* fsmount */,
     442 /* mount_setattr */,
 };

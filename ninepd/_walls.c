@@ -23,6 +23,7 @@
 int nd_unshare(int flags);
 int nd_clone_tree(int dirfd, const char *path, bool recursive);
 int nd_restrict_tree(int fd, uint64_t attributes, bool recursive);
+int nd_follow_tree(int fd);
 int nd_attach_tree(int fd, int dirfd, const char *name);
 int nd_new_tmpfs(void);
 int nd_follow_host(void);
@@ -67,14 +68,21 @@ int nd_clone_tree(int dirfd, const char *path, bool recursive) {
     return nd_result(syscall(ND_OPEN_TREE, dirfd, path, flags | (recursive ? ND_RECURSIVE : 0)));
 }
 
-/* `attributes` are those of mount_setattr(2), and none is taken away. */
-int nd_restrict_tree(int fd, uint64_t attributes, bool recursive) {
+static int nd_set_attributes(int fd, uint64_t attributes, uint64_t propagation, bool recursive) {
     struct { /* struct mount_attr */
         uint64_t attr_set, attr_clr, propagation, userns_fd;
-    } how = {attributes, 0, 0, 0};
+    } how = {attributes, 0, propagation, 0};
     int flags = AT_EMPTY_PATH | (recursive ? ND_RECURSIVE : 0);
     return nd_result(syscall(ND_MOUNT_SETATTR, fd, "", flags, &how, sizeof how));
 }
+
+/* `attributes` are those of mount_setattr(2), and none is taken away. */
+int nd_restrict_tree(int fd, uint64_t attributes, bool recursive) {
+    return nd_set_attributes(fd, attributes, 0, recursive);
+}
+
+/* What the host mounts and unmounts below happens here, too; not the other way round. */
+int nd_follow_tree(int fd) { return nd_set_attributes(fd, 0, MS_SLAVE, true); }
 
 int nd_attach_tree(int fd, int dirfd, const char *name) {
     return nd_result(syscall(ND_MOVE_MOUNT, fd, "", dirfd, name, ND_MOVE_EMPTY_PATH));
@@ -94,8 +102,23 @@ int nd_new_tmpfs(void) {
     return error;
 }
 
-/* What the host mounts and unmounts happens here, too; not the other way round. */
-int nd_follow_host(void) { return nd_result(mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL)); }
+static int nd_set_slave(void) { return mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL); }
+
+/* What is done here is not done on the host. Who has been given another root by chroot(2), which
+ * need not be a mount, gets the namespace's own by entering it once more (setns(2)); and its
+ * working directory is that, too. */
+int nd_follow_host(void) {
+    if (nd_set_slave() == 0)
+        return 0;
+    if (errno != EINVAL)
+        return -errno;
+    int own = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    if (own < 0)
+        return -errno;
+    int error = nd_result(setns(own, CLONE_NEWNS));
+    close(own);
+    return error ? error : nd_result(nd_set_slave());
+}
 
 /* The mount `fd` becomes the root, and of all the others none is left (pivot_root(2), "." twice).
  */

@@ -215,7 +215,6 @@ def _move(users: bool, rooms: Rooms) -> None:
         with _wall("user namespace"):
             _map_self(uid, gid)
     with _wall("mounts"):
-        walls.follow_host()
         export = walls.clone_tree(walls.AT_FDCWD, b".", recursive=True)
         readonly = Attributes.RDONLY if rooms.readonly else Attributes(0)
         walls.restrict_tree(export, _TREE | readonly, recursive=True)
@@ -224,6 +223,9 @@ def _move(users: bool, rooms: Rooms) -> None:
             walls.restrict_tree(mount, _SELF)
         root = walls.new_tmpfs()
         _make_places(root)
+        for mount in (export, *own.values()):
+            walls.follow_tree(mount)
+        walls.follow_host()
     with _wall("an empty root"):
         walls.change_root(root)
         for name, mount in own.items():

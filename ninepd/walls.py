@@ -57,6 +57,7 @@ class _Lib(Protocol):
     def nd_unshare(self, flags: int) -> int: ...
     def nd_clone_tree(self, dirfd: int, path: bytes, recursive: bool) -> int: ...
     def nd_restrict_tree(self, fd: int, attributes: int, recursive: bool) -> int: ...
+    def nd_follow_tree(self, fd: int) -> int: ...
     def nd_attach_tree(self, fd: int, dirfd: int, name: bytes) -> int: ...
     def nd_new_tmpfs(self) -> int: ...
     def nd_follow_host(self) -> int: ...
@@ -108,8 +109,16 @@ def new_tmpfs() -> int:
     return checked(_lib.nd_new_tmpfs())
 
 
+def follow_tree(fd: int) -> None:
+    """What the host unmounts below shall go away here, too, and what it mounts may appear."""
+    checked(_lib.nd_follow_tree(fd))
+
+
 def follow_host() -> None:
-    """What the host unmounts shall go away here, too, and what is done here is not done there."""
+    """The same of all there is; and what is done here is not done there.
+
+    The working directory may be the root afterwards.
+    """
     checked(_lib.nd_follow_host())
 
 

@@ -26,9 +26,26 @@ def _have_own_mounts() -> None:
     So they appear in the mount namespaces of daemons that run already (mount_namespaces(7)).
     """
     libc = ctypes.CDLL(None)
-    if libc.unshare(_NEW_MOUNTS) == 0:
-        for how in (_PRIVATE, _SHARED):
-            assert libc.mount(None, b"/", None, _RECURSIVE | how, None) == 0
+    if libc.unshare(_NEW_MOUNTS):
+        return
+    if libc.mount(None, b"/", None, _RECURSIVE | _PRIVATE, None):
+        _share_mounts_from_a_chroot(libc)
+    else:
+        assert libc.mount(None, b"/", None, _RECURSIVE | _SHARED, None) == 0
+
+
+def _share_mounts_from_a_chroot(libc: ctypes.CDLL) -> None:
+    """Where "/" is no mount itself: by way of the namespace's own root (setns(2))."""
+    root, here = (os.open(path, os.O_PATH | os.O_CLOEXEC) for path in "/.")
+    with open("/proc/self/ns/mnt") as own:
+        assert libc.setns(own.fileno(), _NEW_MOUNTS) == 0
+    for how in (_PRIVATE, _SHARED):
+        assert libc.mount(None, b"/", None, _RECURSIVE | how, None) == 0
+    os.fchdir(root)
+    os.chroot(".")
+    os.fchdir(here)
+    for fd in (root, here):
+        os.close(fd)
 
 
 _have_own_mounts()

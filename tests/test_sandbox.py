@@ -30,6 +30,14 @@ def port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.fixture
+def user_namespaces() -> None:
+    """The kernel gives none to who is in a chroot(2), and some hosts to nobody."""
+    command = ["unshare", "--user", "true"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("user namespaces cannot be made here")
+
+
 def attempt(
     tmp_path: Path, port: int, wall: str, *options: str, launcher: Sequence[str] = ()
 ) -> dict[str, str]:
@@ -91,6 +99,7 @@ def test_no_way_out_for_an_ordinary_user(
     assert successful(answers) == OF_AN_ORDINARY_USER[wall]
 
 
+@pytest.mark.usefixtures("user_namespaces")
 @pytest.mark.parametrize("wall", ["-", "landlock"])
 def test_no_way_out_of_a_user_namespace(
     tmp_path: Path, port: int, wall: str, other_user: tuple[str, ...]
@@ -196,7 +205,7 @@ FORBID = 'echo 0 >/proc/sys/user/max_mnt_namespaces; exec "$@"'
 
 
 @pytest.mark.threat("t_failclosed")
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("as_root", "user_namespaces")
 def test_what_was_asked_for_must_be_there(export: Path, tmp_path: Path) -> None:
     where = ("--export", str(export), "--tag", "t", "--socket-path", str(tmp_path / "s"))
     command = [sys.executable, "-m", "ninepd", "serve", *where, "--sandbox", "namespace"]
@@ -211,7 +220,7 @@ def test_what_was_asked_for_must_be_there(export: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.usefixtures("as_root")
+@pytest.mark.usefixtures("as_root", "user_namespaces")
 def test_auto_takes_what_there_is(start_daemon: StartDaemon) -> None:
     daemon = start_daemon("-v", launcher=(*NO_NAMESPACES, FORBID, "sh"))
     daemon.stop()
