@@ -156,7 +156,7 @@ def test_killed_daemon_leaves_a_socket_that_the_next_replaces(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "killed.sock")
-    first = start_daemon(socket=path)
+    first = start_daemon("--sandbox", "none", socket=path)  # else another process removes it
     first.process.kill()
     first.process.wait()
     assert os.path.exists(path)
@@ -401,7 +401,8 @@ def test_closed_standard_descriptors(
 ) -> None:
     """Their numbers are not given to anything else, which would be written to."""
     shell = "".join(f" {fd}<&-" for fd in closed)
-    daemon = start_daemon("-v", launcher=["sh", "-c", f'exec "$@"{shell}', "sh"])
+    launcher = ["sh", "-c", f'exec "$@"{shell}', "sh"]
+    daemon = start_daemon("-v", "--sandbox", "none", launcher=launcher)
     with Client(daemon.socket) as client:
         client.attach()
         for fd in closed:
