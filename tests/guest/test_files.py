@@ -208,9 +208,8 @@ class TestLinksAndSpecialFiles:
 
     def test_fifo_is_the_guests(self, place: Place) -> None:
         guest = place.guest
-        result = guest.run(
-            f"mkfifo {place.path}/fifo; (echo through > {place.path}/fifo) & cat {place.path}/fifo"
-        )
+        fifo = f"{place.path}/fifo"
+        result = guest.run(f"mkfifo {fifo}; (echo through > {fifo}) & cat {fifo}; wait")
         assert result.text == "through\n"
         assert stat.S_ISFIFO((place.host / "fifo").stat().st_mode)
 
