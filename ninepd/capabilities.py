@@ -18,6 +18,7 @@ _CREATING: Final = {"CHOWN": 0, "SETGID": _SETGID, "SETUID": 7}
 CAP_SETPCAP: Final = 8
 _ALSO: Final = {"FSETID": 4, "MKNOD": 27, "SETFCAP": 31}
 """Set-ID bits, device nodes and file capabilities are guests' to make where files are."""
+CAP_SYS_CHROOT: Final = 18
 CAP_SYS_ADMIN: Final = 21
 """For extended attributes ``trusted.*``, and ``security.*`` other than file capabilities."""
 

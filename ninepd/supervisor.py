@@ -19,7 +19,14 @@ from collections.abc import Collection, Iterator
 from typing import Final, NoReturn
 
 from ninepd import daemon, sandbox, systemd
-from ninepd.capabilities import CAP_SETPCAP, CAP_SYS_ADMIN, REACHING, give_up, privileged
+from ninepd.capabilities import (
+    CAP_SETPCAP,
+    CAP_SYS_ADMIN,
+    CAP_SYS_CHROOT,
+    REACHING,
+    give_up,
+    privileged,
+)
 from ninepd.config import Config, Sandbox
 from ninepd.daemon import Offer
 from ninepd.errors import UsageError
@@ -96,7 +103,7 @@ class _Supervisor:
         offers = [worker.offer for worker in self._workers]
         keep = REACHING.union({CAP_SETPCAP}, *(offer.capabilities for offer in offers))
         if any(offer.sandbox.mode is Sandbox.NAMESPACE for offer in offers):
-            keep |= {CAP_SYS_ADMIN}
+            keep |= {CAP_SYS_ADMIN, CAP_SYS_CHROOT}  # the latter from within a chroot(2)
         systemd.connect()
         give_up(keep)
         if all(offer.sandbox.filtered for offer in offers):

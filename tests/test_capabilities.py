@@ -13,7 +13,7 @@ from tests.support.client import ROOT, Client, Daemon, children
 
 CREATING = {0, 1, 3, 4, 6, 7, 27, 31}
 """CHOWN DAC_OVERRIDE FOWNER FSETID SETGID SETUID MKNOD SETFCAP (capabilities(7))."""
-DAC_READ_SEARCH, SETPCAP, SYS_ADMIN = 2, 8, 21
+DAC_READ_SEARCH, SETPCAP, SYS_CHROOT, SYS_ADMIN = 2, 8, 18, 21
 
 
 def status(task: Path) -> dict[str, str]:
@@ -100,7 +100,7 @@ def test_of_root_with_two_exports(start_daemon: StartDaemon, export: Path, tmp_p
             check(pid, CREATING | {DAC_READ_SEARCH})
     found = status(Path(f"/proc/{daemon.pid}"))
     kept = {bit for bit in range(64) if int(found["CapPrm"], 16) >> bit & 1}
-    assert kept == CREATING | {DAC_READ_SEARCH, SETPCAP, SYS_ADMIN}
+    assert kept == CREATING | {DAC_READ_SEARCH, SETPCAP, SYS_CHROOT, SYS_ADMIN}
     assert found["CapPrm"] == found["CapEff"] == found["CapBnd"]
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
 
