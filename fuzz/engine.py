@@ -19,7 +19,7 @@ from ninepd.export.tree import Tree
 from ninepd.ops.guest import Service
 from ninepd.ops.table import HEADER_LIMITS
 from ninepd.p9.messages import NOFID, Tattach, Tversion
-from ninepd.pipeline import Pipeline
+from ninepd.pipeline import Pipeline, RingSetup
 from ninepd.vring import REQUEST, GuestMemory, Vring, Watch
 from ninepd.workers import Workers
 from tests.support.driver import Driver
@@ -92,16 +92,8 @@ class Engine:
             header_limits=HEADER_LIMITS,
             watch=watch,
         )
-        pipeline = Pipeline(
-            self._service,
-            vring,
-            watch,
-            self._workers,
-            num=NUM,
-            indirect=True,
-            poll_us=0,
-            name="fuzz",
-        )
+        setup = RingSetup(NUM, indirect=True, poll_us=0, name="fuzz")
+        pipeline = Pipeline(self._service, vring, watch, self._workers, setup)
         self._vring = vring
         return pipeline
 

@@ -43,9 +43,20 @@ def started(log: Path, *arguments: str) -> "subprocess.Popen[bytes]":
             stderr=output,
             env=os.environ | {"NOTIFY_SOCKET": readiness.address},
         )
-    assert readiness.wait(process.pid), log.read_text()
-    readiness.close()
+    try:
+        assert readiness.wait(process.pid), log.read_text()
+    except BaseException:
+        end(process)
+        raise
+    finally:
+        readiness.close()
     return process
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """It would live on, with what it has inherited, and somebody may wait for the end of that."""
+    process.terminate()
+    process.wait()
 
 
 class Live:
@@ -73,6 +84,14 @@ class Live:
             )
         )
         self._process = started(self._log, "--config", str(config))
+        try:
+            self._meet()
+        except BaseException:
+            end(self._process)
+            raise
+
+    def _meet(self) -> None:
+        """Both guests are there."""
         self._processes = children(self._process.pid)
         self._fuzzed = Client(self._sockets[0], num=_NUM)
         self._steady = Client(self._sockets[1])
@@ -93,8 +112,7 @@ class Live:
         with contextlib.suppress(OSError, AssertionError):
             self._fuzzed.close()
             self._steady.close()
-        self._process.terminate()
-        self._process.wait()
+        end(self._process)
 
     # A case
 

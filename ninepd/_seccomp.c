@@ -55,7 +55,7 @@ static const uint16_t nd_allowed_calls[] = {
     SYS_renameat2, SYS_fchmod, SYS_fchmodat, SYS_fchown, SYS_fchownat, SYS_utimensat, SYS_statfs,
     SYS_fstatfs, SYS_getxattr, SYS_lgetxattr, SYS_fgetxattr, SYS_setxattr, SYS_lsetxattr,
     SYS_fsetxattr, SYS_listxattr, SYS_llistxattr, SYS_flistxattr, SYS_removexattr,
-    SYS_lremovexattr, SYS_fremovexattr, SYS_name_to_handle_at,
+    SYS_lremovexattr, SYS_fremovexattr, SYS_name_to_handle_at, SYS_open_by_handle_at,
 #ifdef SYS_fchmodat2
     SYS_fchmodat2,
 #endif
@@ -80,8 +80,7 @@ static const uint16_t nd_allowed_calls[] = {
 #endif
     /* Memory and threads */
     SYS_munmap, SYS_mremap, SYS_madvise, SYS_brk, SYS_msync, SYS_set_robust_list,
-    SYS_set_tid_address, SYS_sched_yield, SYS_sched_getaffinity,
-    SYS_membarrier, SYS_getcpu, SYS_exit, SYS_exit_group,
+    SYS_set_tid_address, SYS_sched_yield, SYS_sched_getaffinity, SYS_membarrier, SYS_getcpu, SYS_exit, SYS_exit_group,
 #ifdef SYS_rseq
     SYS_rseq,
 #endif
@@ -107,8 +106,7 @@ static const uint16_t nd_quiet_calls[] = {
 static const uint16_t nd_deadly_calls[] = {
     SYS_execve, SYS_execveat, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_bpf,
     SYS_perf_event_open, SYS_userfaultfd, SYS_keyctl, SYS_add_key, SYS_request_key, SYS_chroot,
-    SYS_init_module,
-    SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_reboot, SYS_swapon, SYS_swapoff,
+    SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_kexec_load, SYS_reboot, SYS_swapon, SYS_swapoff,
     SYS_connect, SYS_bind, SYS_listen, SYS_kcmp, SYS_quotactl, SYS_acct, SYS_settimeofday,
     SYS_clock_settime, SYS_sethostname, SYS_setdomainname, 433 /* fspick */,
     438 /* pidfd_getfd */,
@@ -124,8 +122,8 @@ static const uint16_t nd_deadly_calls[] = {
 /* What a process is shut in by. */
 /* clang-format off */
 static const uint16_t nd_building_calls[] = {
-    SYS_unshare, SYS_setns, SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chdir, SYS_fchdir, 428 /* open_tree */,
-    429 /* move_mount */, 430 /* fsopen */, 431 /* fsconfig */, 432 /* fsmount */,
+    SYS_unshare, SYS_setns, SYS_mount, SYS_umount2, SYS_pivot_root, SYS_chdir, SYS_fchdir,
+    428 /* open_tree */, 429 /* move_mount */, 430 /* fsopen */, 431 /* fsconfig */, 432 /* fsmount */,
     442 /* mount_setattr */,
 };
 /* And what else a process does that starts others and watches over them. */
@@ -244,15 +242,13 @@ static void nd_answer_descriptors(nd_program *program, uint32_t refuse) {
     nd_answer(program, SYS_socket, refuse);
 }
 
-static void nd_write_program(nd_program *program, bool watches, bool by_handle) {
+static void nd_write_program(nd_program *program, bool watches) {
     const uint32_t refuse = SECCOMP_RET_ERRNO | EPERM, unknown = SECCOMP_RET_ERRNO | ENOSYS;
     const uint32_t prctls[] = {PR_SET_NAME, PR_GET_NAME, ND_NAME_MEMORY};
     const uint32_t own[] = {(uint32_t)getpid()};
     nd_begin(program);
     nd_answer_all(program, nd_allowed_calls, ND_COUNT_ALLOWED, SECCOMP_RET_ALLOW);
     nd_answer_all(program, nd_quiet_calls, ND_COUNT_QUIET, SECCOMP_RET_ALLOW);
-    if (by_handle)
-        nd_answer(program, SYS_open_by_handle_at, SECCOMP_RET_ALLOW);
     if (watches)
         nd_answer_all(program, nd_watching_calls, ND_COUNT_WATCHING, SECCOMP_RET_ALLOW);
     nd_answer_descriptors(program, refuse);
@@ -290,9 +286,11 @@ bool nd_can_filter_calls(void) { return true; }
  * shut themselves in. Two filters: what the second refuses is in the kernel's log. */
 int nd_filter_calls(bool watches, bool by_handle) {
     nd_program loud = {.length = 0}, quiet = {.length = 0};
-    nd_write_program(&loud, watches, by_handle);
+    nd_write_program(&loud, watches);
     nd_begin(&quiet);
     nd_answer_all(&quiet, nd_quiet_calls, ND_COUNT_QUIET, SECCOMP_RET_ERRNO | ENOSYS);
+    if (!by_handle) /* as the kernel answers who has not the capability for it: it is tried */
+        nd_answer(&quiet, SYS_open_by_handle_at, SECCOMP_RET_ERRNO | EPERM);
     nd_return(&quiet, SECCOMP_RET_ALLOW);
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return -errno;

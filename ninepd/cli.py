@@ -202,7 +202,7 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default="auto",
             show_default=True,
             help="Shut the daemon in. namespace: DIR is all that it can reach (as root, or by a "
-            "user namespace). landlock: DIR is all that it can read or change. none: neither. "
+            "user namespace). landlock: DIR is all that it can read or write. none: neither. "
             "auto: the strongest that changes nothing for guests.",
         ),
         click.option(

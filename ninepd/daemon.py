@@ -60,12 +60,8 @@ class Offer:
             self._host = make_host(export, self.model, self._directory)
             self.open_tree().close()
             refuse_unsafe(export, self.model, self._directory)
+            self.sandbox = self._choose_sandbox()
             self.listener = Listener(export)
-            try:
-                self.sandbox = self._choose_sandbox()
-            except BaseException:
-                self.listener.remove()
-                raise
         except BaseException:
             os.close(self._directory)
             raise

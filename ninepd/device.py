@@ -22,7 +22,7 @@ from ninepd import foreign
 from ninepd.errors import Refused, RingBroken
 from ninepd.ops.guest import Service
 from ninepd.ops.table import HEADER_LIMITS
-from ninepd.pipeline import Pipeline
+from ninepd.pipeline import Pipeline, RingSetup
 from ninepd.throttled import ThrottledPipeline
 from ninepd.vhostuser.messages import MemoryRegion, Message, Request, VirtioFeature
 from ninepd.vhostuser.session import (
@@ -227,16 +227,12 @@ class Device:
             header_limits=HEADER_LIMITS,
             watch=watch,
         )
-        kind = Pipeline if self._service.throttle is None else ThrottledPipeline
-        pipeline = kind(
-            self._service,
-            vring,
-            watch,
-            self._workers,
-            num=ring.num,
-            indirect=indirect,
-            poll_us=self._poll_us,
-            name=self._name,
+        setup = RingSetup(ring.num, indirect, self._poll_us, self._name)
+        throttle = self._service.throttle
+        pipeline = (
+            Pipeline(self._service, vring, watch, self._workers, setup)
+            if throttle is None
+            else ThrottledPipeline(self._service, vring, watch, self._workers, setup, throttle)
         )
         pipeline.on_rest = lambda: self._call_soon(lambda: self._rested(pipeline))
         return pipeline

@@ -18,7 +18,7 @@ import errno
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ninepd.errors import ProtocolError, to_errno
 from ninepd.export.handles import Handle
@@ -63,6 +63,19 @@ _SEGMENTS: Final = 1024
 _PAGE: Final = 4096
 
 
+class RingSetup(NamedTuple):
+    """What a ring is like."""
+
+    num: int
+    """Its size."""
+    indirect: bool
+    """May chains lie in tables of their own?"""
+    poll_us: int
+    """How long to look for requests before sleeping, at most."""
+    name: str
+    """In the log."""
+
+
 class Pipeline(Turns):
     """The request engine on one ring.
 
@@ -77,19 +90,18 @@ class Pipeline(Turns):
         vring: Vring,
         watch: Watch,
         workers: Workers,
-        *,
-        num: int,
-        indirect: bool,
-        poll_us: int,
-        name: str,
+        setup: RingSetup,
     ) -> None:
+        num = setup.num
         handles = service.guest.tree.handles
-        super().__init__(vring, watch, workers, handles.budget, poll_us=poll_us, name=name)
+        super().__init__(
+            vring, watch, workers, handles.budget, poll_us=setup.poll_us, name=setup.name
+        )
         self._service = service
         self._header_stride = vring.header_stride
         self._payloads: list[ChainPayload | None] = [None] * num
         self._buffers = Buffers()
-        segments = max(num, _SEGMENTS) if indirect else num
+        segments = max(num, _SEGMENTS) if setup.indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
         self._tracing = trace.isEnabledFor(logging.DEBUG)

@@ -6,6 +6,8 @@ that folder and nothing else. It sleeps until it is told, or until the other has
 went, and ends.
 """
 
+import contextlib
+import logging
 import os
 import signal
 import socket
@@ -14,7 +16,10 @@ from typing import Final, NoReturn
 
 from ninepd import walls
 from ninepd.capabilities import REACHING, give_up
+from ninepd.errors import UsageError
 from ninepd.process import close_inherited, hold_standard_descriptors, name_process
+
+log = logging.getLogger(__name__)
 
 _WAIT_SECONDS: Final = 2.0
 
@@ -35,8 +40,10 @@ class Remover:
         try:
             self._word.send(b"\0", socket.MSG_NOSIGNAL)
             self._word.recv(1)
-        except OSError:
-            pass  # it cannot be told, and nobody else can do it
+        except OSError as error:
+            log.warning(
+                "the socket stays where it is, for the process for that has gone: %s", error
+            )
         finally:
             self._word.close()
 
@@ -52,11 +59,15 @@ class Remover:
             name_process(name)
             close_inherited({word.fileno(), *descriptors})
             hold_standard_descriptors()
-            give_up(REACHING)
+            with contextlib.suppress(UsageError):  # the other says so itself, and ends
+                give_up(REACHING)
             if walls.can_filter_calls():
                 walls.filter_calls()
             word.recv(1)
-            remove()
+            with contextlib.suppress(OSError):  # the name has gone, or somebody has taken its place
+                remove()
             status = 0
+        except BaseException:
+            log.exception("a bug kept a socket from being removed")
         finally:
             os._exit(status)

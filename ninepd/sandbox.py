@@ -3,8 +3,9 @@
 With ``namespace`` the export is the only tree that it can reach: a copy of its mount in a mount
 namespace of its own, whose root is otherwise empty but for what procfs shows of the process itself.
 With ``landlock`` the host's tree stays there to be looked at, and only what lies in the export can
-be read or written (landlock(7)); that needs no privileges, and it comes on top of ``namespace``
-where it does no harm. Both end with a filter of system calls (_seccomp.c).
+be read or written, though modes and owners elsewhere can be changed by whoever may (landlock(7));
+that needs no privileges, and it comes on top of ``namespace`` where it does no harm. Both end with
+a filter of system calls (_seccomp.c).
 
 ``auto`` takes the strongest that changes nothing for guests. An ordinary user can have namespaces
 by a user namespace only. In that the files of others belong to nobody (user_namespaces(7)), and
@@ -12,6 +13,7 @@ nothing can be given to a group; so there they must be asked for.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -22,6 +24,8 @@ from ninepd.config import Sandbox
 from ninepd.errors import UsageError
 from ninepd.process import hold_standard_descriptors
 from ninepd.walls import Access, Attributes, Unshare
+
+log = logging.getLogger(__name__)
 
 _LEAST_LANDLOCK: Final = 2
 """The first version in which a file can be renamed into another directory."""
@@ -110,13 +114,13 @@ def _choices(wanted: Sandbox, landlock: bool, users: bool) -> Iterator[tuple[str
     """The strongest first, and what it is called."""
     if wanted is Sandbox.NAMESPACE or (wanted is Sandbox.AUTO and not users):
         if landlock:
-            choice = Choice(Sandbox.NAMESPACE, True, landlock=True, users=users)
+            choice = Choice(Sandbox.NAMESPACE, filtered=True, landlock=True, users=users)
             yield "namespaces with Landlock", choice
-        yield "namespaces", Choice(Sandbox.NAMESPACE, True, users=users)
+        yield "namespaces", Choice(Sandbox.NAMESPACE, filtered=True, users=users)
     if wanted is not Sandbox.NAMESPACE and landlock:
-        yield "Landlock", Choice(Sandbox.LANDLOCK, True, landlock=True)
+        yield "Landlock", Choice(Sandbox.LANDLOCK, filtered=True, landlock=True)
     if wanted is Sandbox.AUTO:
-        yield "filter of system calls", Choice(Sandbox.NONE, True)
+        yield "filter of system calls", Choice(Sandbox.NONE, filtered=True)
 
 
 def _landlock_trouble(by_handle: bool) -> str:
@@ -153,6 +157,8 @@ def _try(choice: Choice, rooms: Rooms) -> str:
             answer = str(error)
         except UsageError:
             answer = ""  # no wall is at fault; it is said when it happens again
+        except BaseException:
+            log.exception("a bug kept walls from being built")
         finally:
             os.write(writing, answer.encode() or b"\0")
             os._exit(0)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from ninepd.export.handles import Opened
 from ninepd.ops.guest import Service
 from ninepd.p9.messages import HEADER_SIZE, IO_HEADER, NUMBERS, WRITE_HEADER, Tflush, Tread, Twrite
-from ninepd.pipeline import Pipeline
+from ninepd.pipeline import Pipeline, RingSetup
 from ninepd.throttle import Throttle
 from ninepd.turns import Turn
 from ninepd.vring import Vring, Watch
@@ -52,18 +52,11 @@ class ThrottledPipeline(Pipeline):
         vring: Vring,
         watch: Watch,
         workers: Workers,
-        *,
-        num: int,
-        indirect: bool,
-        poll_us: int,
-        name: str,
+        setup: RingSetup,
+        throttle: Throttle,
     ) -> None:
-        super().__init__(
-            service, vring, watch, workers, num=num, indirect=indirect, poll_us=poll_us, name=name
-        )
-        throttle = service.throttle
-        assert throttle is not None  # noqa: S101 - else the plain engine would do
-        self._throttle: Throttle = throttle
+        super().__init__(service, vring, watch, workers, setup)
+        self._throttle = throttle
         self._aside: dict[int, Aside] = {}
         """By slot, in the order in which they came."""
         self._alarm = _NEVER

@@ -158,5 +158,6 @@ def refusal(export: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> st
         check=False,
     )
     assert result.returncode == 2
+    assert not (export / "s").exists()
     (line,) = result.stderr.splitlines()
     return line

@@ -230,6 +230,43 @@ def test_auto_takes_what_there_is(start_daemon: StartDaemon) -> None:
     assert "sandbox landlock)\n" in daemon.log
 
 
+@pytest.fixture
+def other_root(tmp_path: Path, mount: Mount) -> Path:
+    """The host's tree once more, below a folder that is no mount itself."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for entry in Path("/").iterdir():
+        place = root / entry.name
+        if entry.is_symlink():
+            place.symlink_to(entry.readlink())
+        elif entry.is_dir():
+            mount(place, "--bind", entry)
+    return root
+
+
+def test_several_exports_in_a_chroot(
+    start_daemon: StartDaemon, other_root: Path, tmp_path: Path
+) -> None:
+    """Its root is no mount, and who starts the processes has given up most capabilities."""
+    config = tmp_path / "config.toml"
+    sockets = [str(tmp_path / tag) for tag in ("one", "two")]
+    for path in sockets:
+        os.mkdir(f"{path}.d")
+    config.write_text(
+        "".join(
+            f'[[export]]\nexport = "{path}.d"\ntag = "t{at}"\nsocket-path = "{path}"\n'
+            for at, path in enumerate(sockets)
+        )
+    )
+    daemon = start_daemon("-v", config=str(config), launcher=("chroot", str(other_root)))
+    for path in sockets:
+        with Client(path) as client:
+            client.attach()
+            client.create(ROOT, 1, b"f")
+    daemon.stop()
+    assert daemon.log.count("sandbox namespace)\n") == 2
+
+
 def test_nothing_inherited_is_kept(start_daemon: StartDaemon) -> None:
     """What a launcher has left open by mistake."""
     daemon = start_daemon(launcher=("sh", "-c", 'exec 9</etc; exec "$@"', "sh"))
