@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from ninepd import __version__, config, qemu, supervisor
+from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.errors import UsageError
 from ninepd.logs import start_logging
 from ninepd.p9.limits import MAX_FIDS
@@ -263,18 +264,21 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _exports(
-    context: click.Context, config_path: str | None, single: dict[str, Any]
+    context: click.Context,
+    config_path: str | None,
+    single: dict[str, Any],
+    activated: Sequence[Activated],
 ) -> tuple[config.Export, ...]:
     if config_path is not None:
         for name in single:
             if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
                 option = name.replace("_", "-")
                 raise UsageError(f"--config: give --{option} in the file, or no --config")
-        return config.load(config_path)
+        return config.load(config_path, activated)
     for option in ("export", "tag"):
         if single[option] is None:
             raise UsageError(f"--{option} is missing")
-    return (config.Export(**single),)
+    return (config.make_export(single, activated, alone=True),)
 
 
 @cli.command(context_settings={"auto_envvar_prefix": "NINEPD"})
@@ -300,7 +304,10 @@ def serve(
     **single: Any,
 ) -> None:
     """Serve a directory to the guests that connect, one at a time."""
-    chosen = config.Config(_exports(context, config_path, single), once)
+    activated = take_activated()
+    exports = _exports(context, config_path, single, activated)
+    refuse_unused(activated, [export.fd for export in exports])
+    chosen = config.Config(exports, once)
     start_logging(verbose, trace)
     status = supervisor.serve(chosen)
     # A worker that hangs on dead storage must not keep the process (Python would join it).

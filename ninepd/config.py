@@ -3,14 +3,14 @@
 import grp
 import os
 import re
-import socket
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from typing import Any, Final, get_args
 
+from ninepd.activation import Activated, choose_activated, is_usable
 from ninepd.errors import UsageError
 from ninepd.idranges import NO_SQUASH, IdRanges, parse_ranges, parse_squash
 from ninepd.p9.limits import MAX_FIDS, MIN_FIDS, MIN_MSIZE
@@ -211,7 +211,7 @@ class Export(Rates):
 
     def _check_socket(self) -> None:
         if (self.socket_path is None) == (self.fd is None):
-            raise UsageError("give one of --socket-path and --fd")
+            raise UsageError("give one of --socket-path and --fd, or have systemd give a socket")
         if self.socket_path is not None:
             check_socket_path(self.socket_path)
             _ = self.socket_gid, self.socket_permissions  # UsageError
@@ -220,8 +220,8 @@ class Export(Rates):
             for name in ("socket_group", "socket_mode"):
                 if getattr(self, name) is not None:
                     raise UsageError(
-                        f"--{_option(name)}: a socket given by --fd stays as it is; set it where "
-                        "that is made"
+                        f"--{_option(name)}: a socket given by --fd or systemd stays as it is; "
+                        "set it where that is made"
                     )
 
 
@@ -265,24 +265,11 @@ def _gid_of(group: str) -> int:
 
 def _check_descriptor(fd: int) -> None:
     try:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        usable = is_usable(fd)
     except (OSError, OverflowError):
         raise UsageError(f"--fd: descriptor {fd} is not open") from None
-    if not is_socket or not _is_usable(fd):
+    if not usable:
         raise UsageError(f"--fd: descriptor {fd} is no unix socket that listens or is connected")
-
-
-def _is_usable(fd: int) -> bool:
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
-            return False
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return True
-        try:
-            sock.getpeername()
-        except OSError:
-            return False
-        return True
 
 
 def _check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
@@ -325,7 +312,14 @@ _TYPES: Final[dict[Any, str]] = {
 }
 
 
-def _export_from(table: Mapping[str, Any]) -> Export:
+def make_export(values: Mapping[str, Any], activated: Sequence[Activated], alone: bool) -> Export:
+    """An export of these options; one that names no socket gets its own of systemd's, if any."""
+    if values.get("socket_path") is None and values.get("fd") is None:
+        values = {**values, "fd": choose_activated(activated, values["tag"], alone)}
+    return Export(**values)
+
+
+def _values_from(table: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name: field for field in fields(Export)}
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -350,7 +344,7 @@ def _export_from(table: Mapping[str, Any]) -> Export:
     for field in known.values():
         if field.default is MISSING and field.name not in values:
             raise UsageError(f"there is no {_option(field.name)}")
-    return Export(**values)
+    return values
 
 
 def _is_list_of(kind: type, value: object) -> bool:
@@ -358,7 +352,7 @@ def _is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and value != [] and {type(item) for item in value} == {kind}
 
 
-def load(path: str) -> tuple[Export, ...]:
+def load(path: str, activated: Sequence[Activated] = ()) -> tuple[Export, ...]:
     """The exports of a TOML file: tables ``[[export]]`` with the long options as keys."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -377,7 +371,7 @@ def load(path: str) -> tuple[Export, ...]:
     exports: list[Export] = []
     for number, table in enumerate(tables, 1):
         try:
-            export = _export_from(table)
+            export = make_export(_values_from(table), activated, alone=len(tables) == 1)
             check_distinct(export, exports)
         except UsageError as error:
             place = _place(text, number, str(error))

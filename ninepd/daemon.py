@@ -67,10 +67,10 @@ class Offer:
             raise
 
     def __str__(self) -> str:
-        export, where = self.export, self.export.socket_path or f"descriptor {self.export.fd}"
+        export = self.export
         readonly = ", read-only" if export.readonly else ""
         return (
-            f"{export.export} as {export.tag} at {where}"
+            f"{export.export} as {export.tag} at {self.listener}"
             f" ({self.model}, reclaim {export.reclaim}{readonly}, sandbox {self.sandbox.mode})"
         )
 

@@ -48,6 +48,10 @@ class Listener:
             self.socket = socket.socket(fileno=fd)
             self.socket.set_inheritable(False)
         self.listening = bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        self._where = path or _bound(self.socket) or f"descriptor {fd}"
+
+    def __str__(self) -> str:
+        return self._where
 
     def close(self) -> None:
         """Let it go; what others have of it stays, and so does its name."""
@@ -154,6 +158,12 @@ class _Place:
                     f"({error.strerror}); choose a group of its own, or run ninepd as root"
                 ) from None
         os.chmod(inode, export.socket_permissions)
+
+
+def _bound(sock: socket.socket) -> str:
+    """The path of a socket that somebody else has made, if it has one."""
+    name = sock.getsockname()
+    return name if isinstance(name, str) else ""
 
 
 def _hold(name: str, folder: int) -> int:

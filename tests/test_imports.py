@@ -36,7 +36,7 @@ LAYERS: Final = (
     {"vhostuser", "p9", "listing", "owners", "ids"},
     {"logs"},
     {"foreign", "idranges", "walls"},
-    {"vring", "syscalls", "stats", "capabilities", "process", "mounts", "throttle"},
+    {"activation", "vring", "syscalls", "stats", "capabilities", "process", "mounts", "throttle"},
     {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""
