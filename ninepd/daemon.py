@@ -7,12 +7,14 @@ that arrives here ends the process (QEMU's generic device does not survive a dis
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 
 import uvloop
@@ -181,16 +183,18 @@ class ExportServer:
         loop: asyncio.AbstractEventLoop,
         finished: Callable[[], None],
         once: bool,
+        report: Callable[[bool], None],
     ) -> None:
         """``finished`` is called when no front end is there and none can or shall come.
 
-        With ``once`` the first that speaks is the last.
+        With ``once`` the first that speaks is the last. ``report`` is told whether one is there.
         """
         self._offer = offer
         self._tag = offer.export.tag
         self._loop = loop
         self._finished = finished
         self._once = once
+        self._report = report
         self._tree = offer.open_tree()
         export = offer.export
         # One guest cannot get around it by another, nor by coming again.
@@ -273,6 +277,7 @@ class ExportServer:
         export = self._offer.export
         service = Service(self._tree, export.msize_max, export.fids_max, export.tag, self._throttle)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
+        self._report(True)
 
     def _connection_left(self) -> None:
         if self._connection is not None:
@@ -280,6 +285,7 @@ class ExportServer:
             self._closing = [future for future in self._closing if not future.done()]
             self._closing.append(self._connection.closed)
             self._connection = None
+            self._report(False)
         if not self._offer.listener.listening or (self._once and self._served):
             self._finished()
 
@@ -300,7 +306,17 @@ def _peer(connection: socket.socket) -> _Peer:
     return _Peer._make(_UCRED.unpack(found))
 
 
-async def _serve(offer: Offer, once: bool) -> None:
+def _tell_manager(offer: Offer, connected: bool) -> None:
+    systemd.notify(systemd.status(str(offer), int(connected)))
+
+
+def _stay_alive(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    """The watchdog of the manager sees that this loop turns."""
+    systemd.notify("WATCHDOG=1")
+    loop.call_later(seconds, _stay_alive, loop, seconds)
+
+
+async def _serve(offer: Offer, once: bool, report: Callable[[bool], None]) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -308,18 +324,24 @@ async def _serve(offer: Offer, once: bool) -> None:
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
-    server = ExportServer(offer, loop, stop.set, once)
+    server = ExportServer(offer, loop, stop.set, once, report)
+    seconds = systemd.watchdog_seconds()
+    if seconds < math.inf:
+        loop.call_later(seconds, _stay_alive, loop, seconds)
     try:
+        systemd.notify("READY=1", systemd.status(str(offer), 0), wait=True)
         server.start()
-        systemd.notify("READY=1", f"STATUS=Serving {offer}")
         await stop.wait()
         systemd.notify("STOPPING=1")
     finally:
         await server.close()
 
 
-def serve(offer: Offer, once: bool) -> None:
-    """Serve until SIGTERM or SIGINT, or until no further front end can or shall come."""
+def serve(offer: Offer, once: bool, report: Callable[[bool], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, or until no further front end can or shall come.
+
+    ``report`` is told whether one is connected; else the service manager is.
+    """
     name_process(offer.export.tag)
     offer.shut_in()
-    uvloop.run(_serve(offer, once))
+    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer)))

@@ -12,6 +12,7 @@ group ends them too.
 
 import gc
 import logging
+import math
 import os
 import signal
 import time
@@ -30,6 +31,7 @@ from ninepd.capabilities import (
 from ninepd.config import Config, Sandbox
 from ninepd.daemon import Offer
 from ninepd.errors import UsageError
+from ninepd.presence import Presence
 from ninepd.process import close_inherited, name_process, raise_file_limit
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ _LEAVE_SECONDS: Final = 1.8
 """From SIGTERM to SIGKILL: more than requests that are out are given (daemon.py)."""
 _KILL_SECONDS: Final = 0.1
 """The kernel may keep a process until its storage answers: who waits for that waits in vain."""
-_SIGNALS: Final = daemon.HANDLED | {signal.SIGCHLD}
+_SIGNALS: Final = daemon.HANDLED | {signal.SIGCHLD, signal.SIGIO}
 
 
 class _Worker:
@@ -55,6 +57,7 @@ class _Worker:
         self.due: float | None = 0.0
         """When it is to be started, if it does not run."""
         self.started = 0.0
+        self.presence = Presence()
         self._deaths = 0
 
     def put_off(self) -> float:
@@ -73,6 +76,11 @@ class _Supervisor:
         self._workers = [_Worker(offer) for offer in offers]
         self._once = once
         self._status = 0
+        self._told = ""
+        """What the service manager knows of us."""
+        self._alive_seconds = systemd.watchdog_seconds()
+        self._alive_at = time.monotonic() + self._alive_seconds
+        """When it is to be told that we are alive."""
 
     def run(self) -> int:
         """Until it is told to stop, or nothing is left to serve. Returns the exit status."""
@@ -84,8 +92,9 @@ class _Supervisor:
         gc.freeze()
         self._shut_in()
         self._start_due()
-        systemd.notify("READY=1", f"STATUS=Serving {len(self._workers)} exports")
+        systemd.notify("READY=1", wait=True)
         while self._running or self._next_due is not None:
+            self._tell_manager()
             number = self._wait()
             if number in {signal.SIGTERM, signal.SIGINT}:
                 systemd.notify("STOPPING=1")
@@ -112,6 +121,18 @@ class _Supervisor:
                 users=any(offer.sandbox.users for offer in offers),
             )
 
+    def _tell_manager(self) -> None:
+        """That we are alive, if it is time; and how many have a front end, if that has changed."""
+        now = time.monotonic()
+        if now >= self._alive_at:
+            self._alive_at = now + self._alive_seconds
+            systemd.notify("WATCHDOG=1")
+        front_ends = sum(worker.presence.look() for worker in self._workers)
+        status = systemd.status(f"{len(self._workers)} exports", front_ends)
+        if status != self._told:
+            self._told = status
+            systemd.notify(status)
+
     # Waiting
 
     @property
@@ -120,14 +141,16 @@ class _Supervisor:
 
     @property
     def _next_due(self) -> float | None:
+        """When the next process is to be started."""
         return min((w.due for w in self._workers if w.due is not None), default=None)
 
     def _wait(self) -> int | None:
-        """The next signal; None if it is time to start a process."""
+        """The next signal; None if it is time for something."""
         due = self._next_due
-        if due is None:
+        until = self._alive_at if due is None else min(due, self._alive_at)
+        if until == math.inf:
             return signal.sigwaitinfo(_SIGNALS).si_signo
-        return _signal_before(due, _SIGNALS)
+        return _signal_before(until, _SIGNALS)
 
     # Processes
 
@@ -159,7 +182,8 @@ class _Supervisor:
             for other in self._workers:
                 if other is not worker:
                     other.offer.close()
-            daemon.serve(worker.offer, self._once)
+                    other.presence.close()
+            daemon.serve(worker.offer, self._once, worker.presence.tell)
             status = 0
         except UsageError as error:
             log.error("%s: %s", worker.tag, error)  # noqa: TRY400 - a sentence
@@ -175,6 +199,7 @@ class _Supervisor:
             pid, status = os.waitpid(worker.pid, os.WNOHANG)
             if pid:
                 worker.pid = 0
+                worker.presence.reset()
                 yield worker, os.waitstatus_to_exitcode(status)
 
     def _follow_up(self, worker: _Worker, status: int) -> None:

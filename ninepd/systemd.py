@@ -1,6 +1,7 @@
 """What the service manager is told (sd_notify(3))."""
 
 import logging
+import math
 import os
 import socket
 from functools import cache
@@ -27,15 +28,38 @@ def connect() -> socket.socket | None:
     return sock
 
 
-def notify(*assignments: str) -> None:
-    """Send ``READY=1`` and the like, if a service manager started us."""
+def notify(*assignments: str, wait: bool = False) -> None:
+    """Send ``READY=1`` and the like, if a service manager started us.
+
+    Without ``wait`` they are lost if it does not read: guests do not wait for it, nor does an end.
+    """
     sock = connect()
     if sock is None:
         return
     try:
-        sock.send("\n".join(assignments).encode(errors="surrogateescape"))
+        message = "\n".join(assignments).encode(errors="surrogateescape")
+        sock.send(message, 0 if wait else socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return
     except OSError as error:
         log.warning("systemd could not be notified: %s", error)
+
+
+def status(what: str, front_ends: int) -> str:
+    """The line that ``systemctl status`` shows, as an assignment."""
+    plural = "" if front_ends == 1 else "s"
+    return f"STATUS=Serving {what}: {front_ends} front end{plural} connected"
+
+
+def watchdog_seconds() -> float:
+    """How often to send WATCHDOG=1: twice in the time that the manager waits; infinity: never.
+
+    Another process that has inherited the variables is not the one that is meant
+    (sd_watchdog_enabled(3)).
+    """
+    microseconds, pid = (os.environ.get(f"WATCHDOG_{name}", "") for name in ("USEC", "PID"))
+    seconds = int(microseconds) / 2e6 if microseconds.isdecimal() else 0
+    return seconds if seconds and pid in {"", str(os.getpid())} else math.inf
 
 
 def leave() -> None:

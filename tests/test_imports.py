@@ -36,7 +36,8 @@ LAYERS: Final = (
     {"vhostuser", "p9", "listing", "owners", "ids"},
     {"logs"},
     {"foreign", "idranges", "walls"},
-    {"activation", "vring", "syscalls", "stats", "capabilities", "process", "mounts", "throttle"},
+    {"activation", "presence", "process", "throttle"},
+    {"vring", "syscalls", "stats", "capabilities", "mounts"},
     {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

@@ -141,8 +141,8 @@ PROBES: Final[dict[str, Callable[[], None]]] = {
 def _imprison(probe: Callable[[], None], command: list[str]) -> str:
     """What came of a probe: "done", the name of an errno, "killed", or how else it ended."""
 
-    async def instead_of_serving(offer: Offer, once: bool) -> None:
-        del offer, once
+    async def instead_of_serving(offer: Offer, once: bool, report: Callable[[bool], None]) -> None:
+        del offer, once, report
         try:
             probe()
         except OSError as error:
