@@ -53,6 +53,8 @@ if [ "$purpose" = test ] || [ "$purpose" = fuzz ]; then
     need e2fsprogs sh -c 'PATH=$PATH:/usr/sbin:/sbin command -v mkfs.ext4'
     need fuse3 has_library fuse3
     need strace command -v strace
+    # Process 1 of a test's own; nothing of it is started here.
+    need systemd test -x /usr/lib/systemd/systemd
 fi
 
 if [ "$purpose" = fuzz ]; then

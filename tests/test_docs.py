@@ -86,10 +86,13 @@ def test_measured_tables_are_those_that_the_bench_prints() -> None:
         assert f"{table.title}:\n\n{head}\n" in text
 
 
-def test_the_unit_starts_what_exists() -> None:
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "contrib/systemd").rglob("*.service")), ids=lambda path: path.stem
+)
+def test_the_unit_starts_what_exists(path: Path) -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(ROOT / "contrib/systemd/ninepd@.service")
+    unit.read(path)
     program, command, *words = shlex.split(unit["Service"]["ExecStart"])
     assert (Path(program).name, command) == ("ninepd", "serve")
     assert {word for word in words if word.startswith("--")} <= OPTIONS
