@@ -50,7 +50,9 @@ class Answers:
     def finish(self, slot: int, tag: int, reply: Reply, room: int) -> None:
         """Encode a reply of at most ``room`` bytes; one that does not fit becomes an error."""
         if self._tracing:
-            trace.debug("%s: tag %d %s", self._name, tag, self._readable(slot, reply))
+            readable = self._readable(slot, reply)
+            extra = {"p9_tag": tag, "p9_message": readable}
+            trace.debug("%s: tag %d %s", self._name, tag, readable, extra=extra)
         if isinstance(reply, Encoded):
             # Its space was checked beforehand, like that of all replies of a fixed size.
             size = HEADER_SIZE + reply.size

@@ -13,7 +13,7 @@ import click
 from ninepd import __version__, config, qemu, supervisor
 from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.errors import UsageError
-from ninepd.logs import start_logging
+from ninepd.logs import Format, Level
 from ninepd.p9.limits import MAX_FIDS
 from ninepd.process import open_standard_descriptors, write_error
 
@@ -291,24 +291,43 @@ def _exports(
     help="Serve the exports of a TOML file.",
 )
 @click.option("--once", is_flag=True, help="Exit when the first front end has left.")
-@click.option("-v", "--verbose", is_flag=True, help="Log front ends that come and go.")
-@click.option("--trace", is_flag=True, help="Log every message.")
+@click.option(
+    "--log-level",
+    metavar="LEVEL",
+    default=Level.WARNING.value,
+    show_default=True,
+    help="error and warning: what needs attention. info: what is served where, and who comes and "
+    "goes, too. debug: every message, too.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Short for --log-level info.")
+@click.option("--trace", is_flag=True, help="Short for --log-level debug.")
+@click.option(
+    "--log-format",
+    metavar="FORMAT",
+    default=Format.TEXT.value,
+    show_default=True,
+    help="text: lines on standard error. json: an object on each. journal: systemd's journal, with "
+    "priorities and fields.",
+)
 @click.pass_context
 def serve(
     context: click.Context,
     /,
     config_path: str | None,
     once: bool,
+    log_level: str,
     verbose: bool,
     trace: bool,
+    log_format: str,
     **single: Any,
 ) -> None:
     """Serve a directory to the guests that connect, one at a time."""
+    if verbose or trace:
+        log_level = Level.DEBUG if trace else Level.INFO
     activated = take_activated()
     exports = _exports(context, config_path, single, activated)
     refuse_unused(activated, [export.fd for export in exports])
-    chosen = config.Config(exports, once)
-    start_logging(verbose, trace)
+    chosen = config.Config(exports, once, log_level, log_format)
     status = supervisor.serve(chosen)
     # A worker that hangs on dead storage must not keep the process (Python would join it).
     logging.shutdown()

@@ -13,6 +13,7 @@ from typing import Any, Final, get_args
 from ninepd.activation import Activated, choose_activated, is_usable
 from ninepd.errors import UsageError
 from ninepd.idranges import NO_SQUASH, IdRanges, parse_ranges, parse_squash
+from ninepd.logs import Format, Level
 from ninepd.p9.limits import MAX_FIDS, MIN_FIDS, MIN_MSIZE
 from ninepd.syscalls import NO_ID
 from ninepd.throttle import Rates
@@ -283,8 +284,12 @@ class Config:
 
     exports: tuple[Export, ...]
     once: bool = False
+    log_level: str = Level.WARNING.value
+    log_format: str = Format.TEXT.value
 
     def __post_init__(self) -> None:
+        _check_choice("log-level", self.log_level, Level)
+        _check_choice("log-format", self.log_format, Format)
         if not self.exports:
             raise UsageError("--config: there is no [[export]] in it")
         for at, export in enumerate(self.exports):

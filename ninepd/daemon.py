@@ -29,6 +29,7 @@ from ninepd.export.models import choose_model, make_host
 from ninepd.export.tree import Tree
 from ninepd.exposure import refuse_unsafe
 from ninepd.listener import Listener
+from ninepd.logs import about
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
 from ninepd.throttle import Throttle
@@ -252,11 +253,13 @@ class ExportServer:
     def _meet(self, connected: socket.socket) -> None:
         """Serve a front end, or refuse it before anything of it is read."""
         allowed = self._offer.export.allow_uid
-        if allowed and _peer(connected).uid not in allowed:
+        peer = _peer(connected)
+        if allowed and peer.uid not in allowed:
             log.warning(
                 "%s: a front end (%s) was refused: --allow-uid names other users",
                 self._tag,
-                _peer(connected),
+                peer,
+                extra={"guest_pid": peer.pid},
             )
             foreign.close(connected.detach())
             if not self._offer.listener.listening:
@@ -269,11 +272,13 @@ class ExportServer:
             log.warning(
                 "%s: a second front end (%s) was refused: this socket serves one at a time",
                 self._tag,
-                _peer(connected),
+                peer,
+                extra={"guest_pid": peer.pid},
             )
             foreign.close(connected.detach())
             return
-        log.info("%s: front end connected (%s)", self._tag, _peer(connected))
+        about["guest_pid"] = peer.pid
+        log.info("%s: front end connected (%s)", self._tag, peer)
         export = self._offer.export
         service = Service(self._tree, export.msize_max, export.fids_max, export.tag, self._throttle)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
@@ -285,6 +290,7 @@ class ExportServer:
             self._closing = [future for future in self._closing if not future.done()]
             self._closing.append(self._connection.closed)
             self._connection = None
+            about.pop("guest_pid", None)
             self._report(False)
         if not self._offer.listener.listening or (self._once and self._served):
             self._finished()
@@ -343,5 +349,6 @@ def serve(offer: Offer, once: bool, report: Callable[[bool], None] | None = None
     ``report`` is told whether one is connected; else the service manager is.
     """
     name_process(offer.export.tag)
+    about["export"] = offer.export.tag
     offer.shut_in()
     uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer)))

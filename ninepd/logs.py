@@ -1,15 +1,21 @@
-"""Lines on standard error, few enough to be read: what guests can cause is limited.
+"""What is logged, how and where to; few enough lines to be read: what guests can cause is limited.
 
 Each line is one write, so that those of several processes do not mix; and no reader, or a reader
 that has gone, is no reason for anything to fail.
 """
 
+import contextlib
 import logging
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from enum import StrEnum
 from typing import Final
 
+from ninepd import journal
+from ninepd.errors import UsageError
+from ninepd.jsonlog import JsonFormatter
 from ninepd.process import write_error
 
 BURST: Final = 10
@@ -18,6 +24,44 @@ INTERVAL_SECONDS: Final = 10.0
 
 _TRACE_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _FORMAT: Final = "ninepd: %(message)s"
+
+Write = Callable[[logging.LogRecord], None]
+
+
+class Level(StrEnum):
+    """From which severity on lines are written."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    """What is served where, and who comes and goes, too."""
+    DEBUG = "debug"
+    """Every message, too."""
+
+
+class Format(StrEnum):
+    """How lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+    JOURNAL = "journal"
+
+
+about: Final[dict[str, str | int]] = {}
+"""What lines are about: ``export`` (its tag), ``guest_pid`` (of its front end).
+
+Where a process has one of each at a time. A record that is about another says so by ``extra``.
+"""
+
+
+@contextlib.contextmanager
+def concerning(tag: str) -> Iterator[None]:
+    """For a while, all lines are about this export."""
+    about["export"] = tag
+    try:
+        yield
+    finally:
+        del about["export"]
 
 
 class _Kind:
@@ -30,20 +74,22 @@ class _Kind:
         """Of those that were left out."""
 
 
-class LineHandler(logging.Handler):
-    """Writes records as lines. Of each kind ``BURST`` in an interval, and how many more came.
+class LimitedHandler(logging.Handler):
+    """Writes, of each kind of record, ``BURST`` in an interval, and how many more came.
 
     That is said with the next line of any kind, or at the end: a timer would wake an idle daemon.
-    What was asked for by --trace is not limited.
+    What was asked for by the level ``debug`` is not limited.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write: Write) -> None:
         super().__init__()
+        self._write_record = write
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic()
         self._close_intervals(now - INTERVAL_SECONDS)
+        record.__dict__.update(about | record.__dict__)
         if record.levelno > logging.DEBUG:
             kind = self._kinds.setdefault((record.name, str(record.msg)), _Kind(now))
             kind.count += 1
@@ -73,27 +119,49 @@ class LineHandler(logging.Handler):
 
     def _write(self, record: logging.LogRecord) -> None:
         try:
-            write_error(self.format(record))
+            self._write_record(record)
         except Exception:
             self.handleError(record)
 
 
-def start_logging(verbose: bool, trace: bool) -> None:
-    """Log what needs attention; with ``verbose`` who comes and goes, with ``trace`` everything."""
-    handler = LineHandler()
-    formatter = logging.Formatter(_TRACE_FORMAT if trace else _FORMAT)
-    formatter.converter = time.gmtime  # the zone's file is out of reach once we are shut in
-    formatter.default_msec_format = "%s.%03dZ"
-    handler.setFormatter(formatter)
-    _rehearse(formatter)
-    level = logging.DEBUG if trace else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, handlers=[handler])
+def to_standard_error(formatter: logging.Formatter) -> Write:
+    """Records become lines there."""
+    return lambda record: write_error(formatter.format(record))
+
+
+def start_logging(level: Level, form: Format) -> None:
+    """From here on; or UsageError. Before descriptors and names are out of reach."""
+    handler = LimitedHandler(_writer(level, form))
+    _rehearse()
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(capture=True)
 
 
-def _rehearse(formatter: logging.Formatter) -> None:
+def _writer(level: Level, form: Format) -> Write:
+    if form is Format.JSON:
+        return to_standard_error(JsonFormatter())
+    if form is Format.JOURNAL:
+        return _journal()
+    formatter = logging.Formatter(_TRACE_FORMAT if level is Level.DEBUG else _FORMAT)
+    formatter.converter = time.gmtime  # the zone's file is out of reach once we are shut in
+    formatter.default_msec_format = "%s.%03dZ"
+    return to_standard_error(formatter)
+
+
+def _journal() -> Write:
+    try:
+        return journal.Journal(journal.connect()).write
+    except OSError as error:
+        if journal.reads_standard_error():
+            return to_standard_error(journal.PrefixedFormatter())
+        raise UsageError(
+            f"--log-format: the journal cannot be reached ({error.strerror}); use text or json"
+        ) from None
+
+
+def _rehearse() -> None:
     """Show an exception once: Python loads now what it could not find once we are shut in."""
     try:
         [][0] + 1
     except IndexError:
-        formatter.formatException(sys.exc_info())
+        logging.Formatter().formatException(sys.exc_info())

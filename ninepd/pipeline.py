@@ -211,7 +211,8 @@ class Pipeline(Turns):
             if row.header_limit and message.nbytes > size - row.header_limit:
                 raise ProtocolError(f"a Twrite of {size} bytes has no {message.nbytes} of data")
             if self._tracing:
-                trace.debug("%s: tag %d %s", self._name, tag, message)
+                extra = {"p9_tag": tag, "p9_message": message}
+                trace.debug("%s: tag %d %s", self._name, tag, message, extra=extra)
             if jobs.by_tag and jobs.find(tag) is not None:
                 raise ProtocolError(f"tag {tag} is in use")
             if row.handler is None:
@@ -254,7 +255,8 @@ class Pipeline(Turns):
         """What the guest is told of an error; one that is no OSError is a bug of ours."""
         if isinstance(error, OSError):
             if self._tracing:
-                trace.debug("%s: tag %d because: %s", self._name, tag, error)
+                extra = {"p9_tag": tag}
+                trace.debug("%s: tag %d because: %s", self._name, tag, error, extra=extra)
             return self._guest.session.error(to_errno(error))
         log.error("%s: a bug made a request fail", self._name, exc_info=error)
         return self._guest.session.error(errno.EIO)

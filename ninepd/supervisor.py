@@ -31,6 +31,7 @@ from ninepd.capabilities import (
 from ninepd.config import Config, Sandbox
 from ninepd.daemon import Offer
 from ninepd.errors import UsageError
+from ninepd.logs import Format, Level, concerning, start_logging
 from ninepd.presence import Presence
 from ninepd.process import close_inherited, name_process, raise_file_limit
 
@@ -103,7 +104,8 @@ class _Supervisor:
             if number == signal.SIGHUP:
                 self._signal(signal.SIGHUP)
             for worker, status in self._reap():
-                self._follow_up(worker, status)
+                with concerning(worker.tag):
+                    self._follow_up(worker, status)
             self._start_due()
         return self._status
 
@@ -158,7 +160,8 @@ class _Supervisor:
         now = time.monotonic()
         for worker in self._workers:
             if worker.due is not None and worker.due <= now:
-                self._start(worker)
+                with concerning(worker.tag):
+                    self._start(worker)
 
     def _start(self, worker: _Worker) -> None:
         try:
@@ -248,14 +251,17 @@ def _described(status: int) -> str:
 def serve(config: Config) -> int:
     """Serve all exports until told to stop; returns the exit status. UsageError: none is served."""
     close_inherited({export.fd for export in config.exports if export.fd is not None})
+    start_logging(Level(config.log_level), Format(config.log_format))
     file_limit = raise_file_limit()
     offers: list[Offer] = []
     try:
         for export in config.exports:
-            offers.append(Offer(export, file_limit))  # noqa: PERF401 - a failing one: finally
+            with concerning(export.tag):
+                offers.append(Offer(export, file_limit))
         for offer in offers:
-            log.info("serving %s", offer)
-            _warn(offer)
+            with concerning(offer.export.tag):
+                log.info("serving %s", offer)
+                _warn(offer)
         if len(offers) > 1:
             return _Supervisor(offers, config.once).run()
         daemon.serve(offers[0], config.once)

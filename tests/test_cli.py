@@ -155,6 +155,9 @@ def test_missing_option(options: dict[str, str], missing: str) -> None:
         ("--fd", "x", "--fd"),
         ("--throttle-bps-total", "1k", "integer"),
         ("--throttle-iops-size", "4096", "operations"),
+        ("--log-level", "loud", "error, warning, info, debug"),
+        ("--log-level", "", "--log-level"),
+        ("--log-format", "xml", "text, json, journal"),
         ("--config", "/nowhere/config.toml", "--config"),
         ("--colour", "red", "--colour"),
     ],
@@ -312,6 +315,8 @@ def test_environment_gives_options(tmp_path: Path, options: dict[str, str]) -> N
     assert "--msize-max" in refusal("serve", env=env | {"NINEPD_MSIZE_MAX": "1"})
     assert "--allow-uid: -1 is" in refusal("serve", env=env | {"NINEPD_ALLOW_UID": "0 -1"})
     assert "does not exist" in refusal("serve", "--export", "/nowhere", env=env)
+    assert "'loud'" in refusal("serve", env=env | {"NINEPD_LOG_LEVEL": "loud"})
+    assert "'xml'" in refusal("serve", env=env | {"NINEPD_LOG_FORMAT": "xml"})
 
 
 @pytest.mark.parametrize("value", ["1", "true"])

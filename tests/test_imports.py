@@ -35,6 +35,7 @@ LAYERS: Final = (
     {"config"},
     {"vhostuser", "p9", "listing", "owners", "ids"},
     {"logs"},
+    {"journal", "jsonlog"},
     {"foreign", "idranges", "walls"},
     {"activation", "presence", "process", "throttle"},
     {"vring", "syscalls", "stats", "capabilities", "mounts"},
