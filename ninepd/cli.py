@@ -6,11 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, NoReturn
 
 import click
 
-from ninepd import __version__, config, qemu, supervisor
+from ninepd import __version__, config, configfile, qemu, supervisor
 from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.errors import UsageError
 from ninepd.logs import Format, Level
@@ -263,22 +264,29 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _exports(
+def _configuration(
     context: click.Context,
-    config_path: str | None,
+    path: str | None,
     single: dict[str, Any],
+    daemon: dict[str, Any],
     activated: Sequence[Activated],
-) -> tuple[config.Export, ...]:
-    if config_path is not None:
-        for name in single:
-            if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+) -> config.Config:
+    """One export by its options; or a file, and options of the daemon go before what that says."""
+    given = {
+        name: value
+        for name, value in (single | daemon).items()
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+    if path is not None:
+        for name in given:
+            if name in single:
                 option = name.replace("_", "-")
                 raise UsageError(f"--config: give --{option} in the file, or no --config")
-        return config.load(config_path, activated)
+        return replace(configfile.load(path, activated), **given)
     for option in ("export", "tag"):
         if single[option] is None:
             raise UsageError(f"--{option} is missing")
-    return (config.make_export(single, activated, alone=True),)
+    return config.Config((config.make_export(single, activated, alone=True),), **daemon)
 
 
 @cli.command(context_settings={"auto_envvar_prefix": "NINEPD"})
@@ -322,12 +330,12 @@ def serve(
     **single: Any,
 ) -> None:
     """Serve a directory to the guests that connect, one at a time."""
-    if verbose or trace:
-        log_level = Level.DEBUG if trace else Level.INFO
+    daemon = {"once": once, "log_level": log_level, "log_format": log_format}
     activated = take_activated()
-    exports = _exports(context, config_path, single, activated)
-    refuse_unused(activated, [export.fd for export in exports])
-    chosen = config.Config(exports, once, log_level, log_format)
+    chosen = _configuration(context, config_path, single, daemon, activated)
+    refuse_unused(activated, [export.fd for export in chosen.exports])
+    if verbose or trace:
+        chosen = replace(chosen, log_level=(Level.DEBUG if trace else Level.INFO).value)
     status = supervisor.serve(chosen)
     # A worker that hangs on dead storage must not keep the process (Python would join it).
     logging.shutdown()
@@ -360,9 +368,9 @@ def qemu_args(
     """
     if config_path is not None:
         pairs = []
-        for export in config.load(config_path):
+        for export in configfile.load(config_path).exports:
             if export.socket_path is None:
-                raise UsageError(f"--config: export {export.tag!r} has no socket-path")
+                raise UsageError(f"--config: export {export.tag!r} has --fd, and QEMU needs a path")
             pairs.append((export.socket_path, export.tag))
     else:
         if socket_path is None or tag is None:

@@ -4,13 +4,12 @@ import grp
 import os
 import re
 import stat
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, get_args
+from typing import Any, Final
 
-from ninepd.activation import Activated, choose_activated, is_usable
+from ninepd.activation import Activated, choose_activated
 from ninepd.errors import UsageError
 from ninepd.idranges import NO_SQUASH, IdRanges, parse_ranges, parse_squash
 from ninepd.logs import Format, Level
@@ -32,6 +31,7 @@ AUTO: Final = "auto"
 MAPPED: Final = ("mapped-xattr", "mapped-file")
 MODELS: Final = (AUTO, "passthrough", *MAPPED, "none")
 """Values of --security-model; those of MAPPED keep apart what the host and the guest see."""
+_ONE_SOCKET: Final = "give one of --socket-path and --fd, or have systemd give a socket"
 
 
 class Multidevs(StrEnum):
@@ -211,18 +211,20 @@ class Export(Rates):
             )
 
     def _check_socket(self) -> None:
-        if (self.socket_path is None) == (self.fd is None):
-            raise UsageError("give one of --socket-path and --fd, or have systemd give a socket")
+        if self.socket_path is not None and self.fd is not None:
+            raise UsageError(_ONE_SOCKET)
         if self.socket_path is not None:
             check_socket_path(self.socket_path)
             _ = self.socket_gid, self.socket_permissions  # UsageError
         elif self.fd is not None:
-            _check_descriptor(self.fd)
+            if self.fd < 0:
+                raise UsageError(f"--fd: {self.fd} is no descriptor")
             for name in ("socket_group", "socket_mode"):
                 if getattr(self, name) is not None:
+                    option = name.replace("_", "-")
                     raise UsageError(
-                        f"--{_option(name)}: a socket given by --fd or systemd stays as it is; "
-                        "set it where that is made"
+                        f"--{option}: a socket given by --fd or systemd stays as it is; set it "
+                        "where that is made"
                     )
 
 
@@ -264,18 +266,13 @@ def _gid_of(group: str) -> int:
     raise UsageError(f"--socket-group: this host has no group {group!r}")
 
 
-def _check_descriptor(fd: int) -> None:
-    try:
-        usable = is_usable(fd)
-    except (OSError, OverflowError):
-        raise UsageError(f"--fd: descriptor {fd} is not open") from None
-    if not usable:
-        raise UsageError(f"--fd: descriptor {fd} is no unix socket that listens or is connected")
-
-
 def _check_choice(option: str, value: str, choices: type[StrEnum]) -> None:
     if value not in set(choices):
         raise UsageError(f"--{option}: {value!r} is unknown; use one of {', '.join(choices)}")
+
+
+def _as_it_is(_number: int, error: UsageError) -> UsageError:
+    return error
 
 
 @dataclass(frozen=True)
@@ -286,119 +283,25 @@ class Config:
     once: bool = False
     log_level: str = Level.WARNING.value
     log_format: str = Format.TEXT.value
+    placed: Callable[[int, UsageError], UsageError] = _as_it_is
+    """What turns out to be wrong with an export, by its number from 1 on: says where it is."""
 
     def __post_init__(self) -> None:
         _check_choice("log-level", self.log_level, Level)
         _check_choice("log-format", self.log_format, Format)
-        if not self.exports:
-            raise UsageError("--config: there is no [[export]] in it")
-        for at, export in enumerate(self.exports):
-            check_distinct(export, self.exports[:at])
 
 
-def check_distinct(export: Export, others: Iterable[Export]) -> None:
-    """UsageError if one of the others has its tag or its socket."""
-    for name in ("tag", "socket_path", "fd"):
-        value = getattr(export, name)
-        if value is not None and value in [getattr(other, name) for other in others]:
-            raise UsageError(f"--{_option(name)}: {value!r} is used by two exports")
+def make_export(
+    values: Mapping[str, Any], activated: Sequence[Activated] | None, alone: bool
+) -> Export:
+    """An export of these options; one that names no socket gets its own of systemd's.
 
-
-def _option(field: str) -> str:
-    return field.replace("_", "-")
-
-
-_TYPES: Final[dict[Any, str]] = {
-    str: "a string",
-    int: "a whole number",
-    bool: "true or false",
-    tuple[int, ...]: "a list of whole numbers, and not empty",
-    tuple[str, ...]: "a list of strings, and not empty",
-}
-
-
-def make_export(values: Mapping[str, Any], activated: Sequence[Activated], alone: bool) -> Export:
-    """An export of these options; one that names no socket gets its own of systemd's, if any."""
-    if values.get("socket_path") is None and values.get("fd") is None:
-        values = {**values, "fd": choose_activated(activated, values["tag"], alone)}
-    return Export(**values)
-
-
-def _values_from(table: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name: field for field in fields(Export)}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise UsageError(f"--{key}: this option is unknown")
-        if name in values:
-            raise UsageError(f"--{key}: it is given twice")
-        default = known[name].default
-        expected: Any = str if default is MISSING or default is None else type(default)
-        if name == "fd":
-            expected = int
-        if expected is tuple:
-            expected = known[name].type
-            fits = _is_list_of(get_args(expected)[0], value)
-            value = tuple(value) if fits else value
-        else:
-            fits = type(value) is expected
-        if not fits:
-            raise UsageError(f"--{key}: {key} must be {_TYPES[expected]}")
-        values[name] = value
-    for field in known.values():
-        if field.default is MISSING and field.name not in values:
-            raise UsageError(f"there is no {_option(field.name)}")
-    return values
-
-
-def _is_list_of(kind: type, value: object) -> bool:
-    # An empty one would say that nobody is meant, and mean everybody.
-    return isinstance(value, list) and value != [] and {type(item) for item in value} == {kind}
-
-
-def load(path: str, activated: Sequence[Activated] = ()) -> tuple[Export, ...]:
-    """The exports of a TOML file: tables ``[[export]]`` with the long options as keys."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
-        document = tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"--config: {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {path} is not valid TOML: {error}") from None
-    tables = document.pop("export", [])
-    if document:
-        key = next(iter(document))
-        raise UsageError(f"--config: {path}: {key!r} is unknown, only [[export]] is")
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"--config: {path}: write each export as a table [[export]]")
-    exports: list[Export] = []
-    for number, table in enumerate(tables, 1):
-        try:
-            export = make_export(_values_from(table), activated, alone=len(tables) == 1)
-            check_distinct(export, exports)
-        except UsageError as error:
-            place = _place(text, number, str(error))
-            raise UsageError(f"--config: {path}, {place}: {error}") from None
-        exports.append(export)
-    return tuple(exports)
-
-
-def _place(text: str, number: int, message: str) -> str:
-    """The line of an export that a message is about: the option's that it begins with, if any.
-
-    Found by a look at how lines begin, since tomllib tells no lines; text in three quotes could
-    mislead it, which is no reason for a parser.
+    ``activated`` is None if it is too early to say what there will be.
     """
-    option = re.match(r"--([\w-]+):", message)
-    key = re.escape(option[1]) if option else r"(?!)"
-    found, tables = 0, 0
-    for at, line in enumerate(text.split("\n"), 1):
-        if re.match(r"\s*\[\[\s*[\"\']?export[\"\']?\s*\]\]", line):
-            tables += 1
-            if tables == number:
-                found = at
-        elif tables == number and re.match(rf"\s*[\"\']?{key}[\"\']?\s*=", line):
-            found = at
-    return f"line {found} (export {number})" if found else f"export {number}"
+    named = any(values.get(name) is not None for name in ("socket_path", "fd"))
+    if not named and activated is not None:
+        fd = choose_activated(activated, values["tag"], alone)
+        if fd is None:
+            raise UsageError(_ONE_SOCKET)
+        values = {**values, "fd": fd}
+    return Export(**values)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from ninepd.activation import is_usable
 from ninepd.config import Export
 from ninepd.errors import UsageError
 from ninepd.remover import Remover
@@ -79,6 +80,16 @@ class Listener:
             with contextlib.suppress(OSError):
                 self._place.remove()
         self.close()
+
+
+def check_descriptor(fd: int) -> None:
+    """UsageError unless that is a socket to serve; before we open any that has its number."""
+    try:
+        usable = is_usable(fd)
+    except (OSError, OverflowError):
+        raise UsageError(f"--fd: descriptor {fd} is not open") from None
+    if not usable:
+        raise UsageError(f"--fd: descriptor {fd} is no unix socket that listens or is connected")
 
 
 class _Place:

@@ -10,6 +10,7 @@ served on, because guests need them more than order; a service manager that kill
 group ends them too.
 """
 
+import contextlib
 import gc
 import logging
 import math
@@ -31,6 +32,7 @@ from ninepd.capabilities import (
 from ninepd.config import Config, Sandbox
 from ninepd.daemon import Offer
 from ninepd.errors import UsageError
+from ninepd.listener import check_descriptor
 from ninepd.logs import Format, Level, concerning, start_logging
 from ninepd.presence import Presence
 from ninepd.process import close_inherited, name_process, raise_file_limit
@@ -250,13 +252,17 @@ def _described(status: int) -> str:
 
 def serve(config: Config) -> int:
     """Serve all exports until told to stop; returns the exit status. UsageError: none is served."""
+    for number, export in enumerate(config.exports, 1):
+        if export.fd is not None:
+            with _placed(config, number):
+                check_descriptor(export.fd)
     close_inherited({export.fd for export in config.exports if export.fd is not None})
     start_logging(Level(config.log_level), Format(config.log_format))
     file_limit = raise_file_limit()
     offers: list[Offer] = []
     try:
-        for export in config.exports:
-            with concerning(export.tag):
+        for number, export in enumerate(config.exports, 1):
+            with concerning(export.tag), _placed(config, number):
                 offers.append(Offer(export, file_limit))
         for offer in offers:
             with concerning(offer.export.tag):
@@ -269,6 +275,15 @@ def serve(config: Config) -> int:
     finally:
         for offer in offers:
             offer.withdraw()
+
+
+@contextlib.contextmanager
+def _placed(config: Config, number: int) -> Iterator[None]:
+    """What is wrong with an export is said with its place."""
+    try:
+        yield
+    except UsageError as error:
+        raise config.placed(number, error) from None
 
 
 def _warn(offer: Offer) -> None:

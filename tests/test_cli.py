@@ -291,6 +291,52 @@ def test_bad_config_is_one_line(tmp_path: Path) -> None:
         assert "--config" in refusal("serve", "--config", config)
 
 
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("socket-path = '/nowhere/s'", "line 6 (export 2): --socket-path: /nowhere/s"),
+        ("fd = 9", "line 6 (export 2): --fd: descriptor 9 is not open"),
+    ],
+)
+def test_what_turns_out_when_it_starts_has_its_place(
+    tmp_path: Path, export: Path, line: str, place: str
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f"[[export]]\ntag = 'x'\nsocket-path = '{tmp_path}/s'\nexport = '{export}'\n"
+        f"[[export]]\n{line}\ntag = 't'\nexport = '{export}'\n"
+    )
+    assert refusal("serve", "--config", config).startswith(f"--config: {config}, {place}")
+
+
+def test_daemon_options_go_before_the_file(tmp_path: Path, export: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        "log-level = 'error'\nlog-format = 'json'\n"
+        f"[[export]]\nexport = '{export}'\ntag = 't'\nsocket-path = '{tmp_path}/s'\n"
+    )
+
+    def log(*options: str, env: dict[str, str] | None = None) -> str:
+        readiness = Readiness()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ninepd", "serve", "--config", config, *options],
+            env=os.environ | {"NOTIFY_SOCKET": readiness.address} | (env or {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert readiness.wait(process.pid)
+        process.terminate()
+        _, log = process.communicate(timeout=20)
+        readiness.close()
+        return log
+
+    assert log() == ""
+    assert '"message": "serving' in log("-v")
+    text = log("--log-level", "info", "--log-format", "text")
+    assert text.startswith("ninepd: serving") or "\nninepd: serving" in text
+    assert "serving" in log(env={"NINEPD_LOG_LEVEL": "info"})
+
+
 @pytest.mark.parametrize("arguments", [["fly"], ["serve", "extra"], ["serve", "--tag"]])
 def test_words_that_make_no_sense(arguments: list[str]) -> None:
     refusal(*arguments)

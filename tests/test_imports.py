@@ -23,7 +23,7 @@ LAYERS: Final = (
     {"qemu"},
     {"supervisor"},
     {"daemon"},
-    {"connection", "exposure", "listener", "sandbox", "systemd"},
+    {"configfile", "connection", "exposure", "listener", "sandbox", "systemd"},
     {"control", "device", "frontend", "remover"},
     {"throttled"},
     {"pipeline"},

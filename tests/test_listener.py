@@ -18,7 +18,7 @@ import pytest
 
 from ninepd.config import Export
 from ninepd.errors import UsageError
-from ninepd.listener import Listener
+from ninepd.listener import Listener, check_descriptor
 from tests.conftest import OTHER_USER, Mount, StartDaemon
 from tests.support.client import Client, Daemon
 
@@ -437,3 +437,19 @@ def test_stranger_who_exchanges_folders(tmp_path: Path, other_user: tuple[str, .
     assert exchanged
     assert os.listdir(victim) == ["ninepd"]
     assert stat.S_IMODE((victim / "ninepd").stat().st_mode) == 0o600
+
+
+def test_descriptor(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "s"))
+        sock.listen()
+        check_descriptor(sock.fileno())
+    with socket.socket(socket.AF_INET) as sock, pytest.raises(UsageError, match="no unix socket"):
+        check_descriptor(sock.fileno())
+    with (tmp_path / "f").open("w") as file, pytest.raises(UsageError, match="no unix socket"):
+        check_descriptor(file.fileno())
+    unused = os.dup(0)
+    os.close(unused)
+    for fd in (unused, 1 << 40):
+        with pytest.raises(UsageError, match="--fd"):
+            check_descriptor(fd)
