@@ -11,10 +11,10 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from ninepd import __version__, config, configfile, qemu, supervisor
+from ninepd import __version__, checking, config, configfile, qemu, supervisor
 from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.errors import UsageError
-from ninepd.logs import Format, Level
+from ninepd.logs import Format, Level, start_logging
 from ninepd.p9.limits import MAX_FIDS
 from ninepd.process import open_standard_descriptors, write_error
 
@@ -340,6 +340,25 @@ def serve(
     # A worker that hangs on dead storage must not keep the process (Python would join it).
     logging.shutdown()
     os._exit(status)
+
+
+@cli.command("check-config")
+@click.argument("file", metavar="FILE")
+def check_config(file: str) -> int:
+    """Say what would be served by a TOML file, or all that is wrong with it.
+
+    As the user who will serve it. Nothing is served, and sockets are not looked at.
+    """
+    start_logging(Level.WARNING, Format.TEXT)
+    served, problems = checking.check(file)
+    for problem in problems:
+        write_error(f"ninepd: {problem}")
+    if problems:
+        return USAGE_ERROR
+    click.echo(f"{file}: OK, {len(served)} export{'s' if len(served) > 1 else ''}")
+    for line in served:
+        click.echo(f"  {line}")
+    return 0
 
 
 @cli.command("qemu-args", context_settings={"auto_envvar_prefix": "NINEPD"})

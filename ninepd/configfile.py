@@ -35,9 +35,12 @@ _TYPES: Final[dict[Any, str]] = {
 
 def load(path: str) -> Config:
     """What a file says; UsageError for the first thing that is wrong with it."""
-    file = ConfigFile(path)
-    if file.problems:
-        raise UsageError(f"--config: {file.problems[0]}")
+    try:
+        file = ConfigFile(path)
+        if file.problems:
+            raise UsageError(file.problems[0])
+    except UsageError as error:
+        raise UsageError(f"--config: {error}") from None
     return Config(tuple(file.exports.values()), **file.settings, placed=file.placed)
 
 
@@ -45,7 +48,7 @@ class ConfigFile:
     """A file that was read."""
 
     def __init__(self, path: str) -> None:
-        """UsageError if there is nothing to look at."""
+        """UsageError if it cannot be read, or is no TOML."""
         self._path = path
         self.problems: list[str] = []
         """All that is wrong, each with its place."""
@@ -68,9 +71,13 @@ class ConfigFile:
 
     def placed(self, number: int, error: UsageError) -> UsageError:
         """The same error of an export, with its place."""
-        return UsageError(f"--config: {self.place(_name(number), error)}")
+        return UsageError(f"--config: {self._place(_name(number), error)}")
 
-    def place(self, table: str, error: UsageError) -> str:
+    def blame(self, number: int, error: UsageError) -> None:
+        """Something else is wrong with an export."""
+        self._blame(_name(number), error)
+
+    def _place(self, table: str, error: UsageError) -> str:
         """An error with its place: the option's that it begins with, or the table's."""
         option = re.match(r"--([\w-]+):", str(error))
         keys = [option[1], option[1].replace("-", "_")] if option else []
@@ -92,7 +99,7 @@ class ConfigFile:
         return next((self._lines[table, key] for key in keys if (table, key) in self._lines), None)
 
     def _blame(self, table: str, error: UsageError) -> None:
-        self.problems.append(self.place(table, error))
+        self.problems.append(self._place(table, error))
 
     # Parts of it
 
@@ -170,9 +177,9 @@ def _read(path: str) -> tuple[str, dict[str, Any]]:
             text = file.read()
         return text, tomllib.loads(text)
     except OSError as error:
-        raise UsageError(f"--config: {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {path} is not valid TOML: {error}") from None
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
 def _lines(text: str) -> dict[tuple[str, str], int]:

@@ -19,17 +19,10 @@ from typing import Final, NamedTuple
 
 import uvloop
 
-from ninepd import foreign, sandbox, systemd
-from ninepd.capabilities import CAP_DAC_READ_SEARCH, has_capabilities, needed
-from ninepd.config import MAPPED, Export, HostMounts, Multidevs, Reclaim, Sandbox
+from ninepd import foreign, systemd
 from ninepd.connection import Connection
-from ninepd.errors import UsageError
-from ninepd.export.descriptors import budget_of
-from ninepd.export.models import choose_model, make_host
-from ninepd.export.tree import Tree
-from ninepd.exposure import refuse_unsafe
-from ninepd.listener import Listener
 from ninepd.logs import about
+from ninepd.offer import Offer
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
 from ninepd.throttle import Throttle
@@ -38,141 +31,11 @@ log = logging.getLogger(__name__)
 
 HANDLED: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 """Signals. Whoever forks this process may block them until it can handle them."""
-_CLOSED: Final = -1
 _ACCEPT_PAUSE: Final = 1.0
 _FAREWELL_SECONDS: Final = 1.5
 """How long the end of the process waits for requests that are out."""
 _UCRED: Final = struct.Struct("=iII")
 """pid, uid, gid of a peer (unix(7))."""
-
-
-class Offer:
-    """An export that can be served: all that could be wrong with it was found out."""
-
-    def __init__(self, export: Export, file_limit: int) -> None:
-        """Hold its directory, and listen; or UsageError."""
-        self.export = export
-        self._budget = budget_of(file_limit)
-        try:
-            flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-            self._directory = os.open(export.export, flags)
-        except OSError as error:
-            raise UsageError(f"--export: {export.export}: {error.strerror}") from None
-        try:
-            self.model = choose_model(export, self._directory)
-            self._host = make_host(export, self.model, self._directory)
-            self.open_tree().close()
-            refuse_unsafe(export, self.model, self._directory)
-            self.sandbox = self._choose_sandbox()
-            self.listener = Listener(export)
-        except BaseException:
-            os.close(self._directory)
-            raise
-
-    def __str__(self) -> str:
-        export = self.export
-        readonly = ", read-only" if export.readonly else ""
-        return (
-            f"{export.export} as {export.tag} at {self.listener}"
-            f" ({self.model}, reclaim {export.reclaim}{readonly}, sandbox {self.sandbox.mode})"
-        )
-
-    def open_tree(self) -> Tree:
-        """The directory that was found at the start, whatever has happened to its name."""
-        export = self.export
-        reclaim = Reclaim(export.reclaim)
-        insists = reclaim is Reclaim.HANDLES
-        if insists and not has_capabilities(CAP_DAC_READ_SEARCH):
-            raise UsageError(
-                "--reclaim: handles needs CAP_DAC_READ_SEARCH; run as root, or use names"
-            )
-        try:
-            tree = Tree(
-                os.dup(self._directory),
-                self._host,
-                budget=self._budget,
-                reclaim=reclaim,
-                multidevs=Multidevs(export.multidevs),
-                kernel_filesystems=export.allow_kernel_filesystems,
-            )
-        except OSError as error:
-            raise UsageError(f"--export: {export.export}: {error.strerror}") from None
-        if insists and not tree.root.volume.by_handle:
-            tree.close()
-            raise UsageError(
-                f"--reclaim: the file system of {export.export} cannot open files by handle; "
-                "use names"
-            )
-        return tree
-
-    def _choose_sandbox(self) -> sandbox.Choice:
-        export = self.export
-        choice = sandbox.choose(Sandbox(export.sandbox), self._rooms)
-        if export.host_mounts == HostMounts.IGNORE and choice.mode is not Sandbox.NAMESPACE:
-            raise UsageError(
-                f"--host-mounts: sandbox {choice.mode} leaves the host's mounts; ignore goes with "
-                "namespace"
-            )
-        # Landlock does not keep those that override permissions from modes and owners.
-        weak = choice.mode is Sandbox.NONE or (
-            choice.mode is Sandbox.LANDLOCK and self.capabilities
-        )
-        for lack in choice.lacks:
-            level = logging.WARNING if weak else logging.INFO
-            log.log(level, "%s: sandbox %s, %s", export.tag, choice.mode, lack)
-        return choice
-
-    @property
-    def by_handle(self) -> bool:
-        """May files be opened by handle?"""
-        return self.export.reclaim != Reclaim.NAMES and has_capabilities(CAP_DAC_READ_SEARCH)
-
-    @property
-    def capabilities(self) -> frozenset[int]:
-        """What serving it takes, once it is shut in."""
-        return needed(
-            as_others=self.model not in MAPPED,
-            by_handle=self.by_handle,
-            trusted_xattrs=self.export.trusted_xattrs,
-        )
-
-    @property
-    def _rooms(self) -> sandbox.Rooms:
-        return sandbox.Rooms(
-            self._directory,
-            self.export.readonly,
-            self.export.host_mounts == HostMounts.FOLLOW,
-            self.by_handle,
-            self.capabilities,
-        )
-
-    def shut_in(self) -> None:
-        """This process will serve the export, and do nothing else any more.
-
-        Before it has a loop, which could keep ways around what follows.
-        """
-        systemd.connect()
-        foreign.remember_mounts()
-        rooms = self._rooms
-        if self.sandbox.mode is not Sandbox.NONE:
-            self.listener.entrust_name(self.export.tag)
-        sandbox.enter(self.sandbox, rooms)
-        sandbox.finish(self.sandbox, rooms)
-
-    def close(self) -> None:
-        """Another process serves it: let its descriptors go."""
-        self.listener.close()
-        self._close_directory()
-
-    def withdraw(self) -> None:
-        """It is served no more: nobody shall connect."""
-        self.listener.remove()
-        self._close_directory()
-
-    def _close_directory(self) -> None:
-        directory, self._directory = self._directory, _CLOSED
-        if directory != _CLOSED:
-            os.close(directory)
 
 
 class ExportServer:

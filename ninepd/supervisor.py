@@ -30,10 +30,10 @@ from ninepd.capabilities import (
     privileged,
 )
 from ninepd.config import Config, Sandbox
-from ninepd.daemon import Offer
 from ninepd.errors import UsageError
 from ninepd.listener import check_descriptor
 from ninepd.logs import Format, Level, concerning, start_logging
+from ninepd.offer import Offer
 from ninepd.presence import Presence
 from ninepd.process import close_inherited, name_process, raise_file_limit
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ninepd import cli, daemon, sandbox, supervisor, walls
-from ninepd.daemon import Offer
+from ninepd.offer import Offer
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _PTRACE_SEIZE: Final = 0x4206  # which does not stop it
