@@ -33,10 +33,10 @@ _TYPES: Final[dict[Any, str]] = {
 }
 
 
-def load(path: str) -> Config:
+def load(path: str, activated: Sequence[Activated] = ()) -> Config:
     """What a file says; UsageError for the first thing that is wrong with it."""
     try:
-        file = ConfigFile(path)
+        file = ConfigFile(path, activated)
         if file.problems:
             raise UsageError(file.problems[0])
     except UsageError as error:
@@ -47,9 +47,10 @@ def load(path: str) -> Config:
 class ConfigFile:
     """A file that was read."""
 
-    def __init__(self, path: str) -> None:
-        """UsageError if it cannot be read, or is no TOML."""
+    def __init__(self, path: str, activated: Sequence[Activated] | None) -> None:
+        """UsageError if it cannot be read, or is no TOML. ``activated``: as make_export has it."""
         self._path = path
+        self._activated = activated
         self.problems: list[str] = []
         """All that is wrong, each with its place."""
         text, document = _read(path)
