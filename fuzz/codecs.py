@@ -97,7 +97,7 @@ def stat_structure(data: bytes) -> None:
 
 
 def negotiation(data: bytes) -> None:
-    session: Session[bytes] = Session(words_for)
+    session: Session[bytes] = Session(words_for, 1)
     msize_max, request = 1 << 20, Tversion(int.from_bytes(data[:4], "little"), data[4:])
     try:
         reply = session.negotiate(request, msize_max)

@@ -16,6 +16,7 @@ from typing import Final
 
 from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
+from ninepd.limits import Limits
 from ninepd.ops.guest import Service
 from ninepd.ops.table import HEADER_LIMITS
 from ninepd.p9.messages import NOFID, Tattach, Tversion
@@ -36,8 +37,8 @@ _SPARE: Final = 8
 _PATIENCE: Final = 30
 _BUDGET: Final = 32
 """Descriptors: so few that a case with many fids comes to their end."""
-_FIDS: Final = 64
-"""As few, for the same reason."""
+_LIMITS: Final = Limits(fids_max=64)
+"""As few fids, for the same reason."""
 _OPENING: Final = (
     Record(grammar.encoded(0xFFFF, Tversion(1 << 16, b"9P2000.L"))),
     KICK,
@@ -65,7 +66,7 @@ class Engine:
         self.bugs = _Bugs()
         logging.getLogger("ninepd").addHandler(self.bugs)
         root = os.open(self.scene.export, os.O_PATH | os.O_DIRECTORY)
-        self._service = Service(Tree(root, LocalHost(), budget=_BUDGET), 1 << 20, _FIDS, "fuzz")
+        self._service = Service(Tree(root, LocalHost(), budget=_BUDGET), _LIMITS, "fuzz")
         self._driver = Driver(NUM)
         self._memory = GuestMemory()
         for region in self._driver.regions:

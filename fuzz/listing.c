@@ -11,7 +11,7 @@
 #include "directory.h"
 #include "sources.h"
 
-enum { FIXED = 24, CHOICES = 64 };
+enum { FIXED = 24, CHOICES = 64, COOKIES = 8192 };
 
 static uint64_t get(const uint8_t *from, int bytes) {
     uint64_t value = 0;
@@ -60,7 +60,7 @@ static void check_behind(nd_cookies *cookies, const uint8_t *run, uint32_t size,
 
 /* Another daemon takes over: its cookies mean the same. */
 static nd_cookies *handed_over(nd_cookies *old) {
-    nd_cookies *new = nd_cookies_new();
+    nd_cookies *new = nd_cookies_new(COOKIES);
     uint32_t base, count = nd_cookies_dump(old, NULL, 0, &base);
     uint64_t *positions = exactly(count * sizeof *positions);
     REQUIRE(new && nd_cookies_dump(old, positions, count, &base) == count);
@@ -91,7 +91,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct record config = next_record(&input);
     uint64_t devices = config.a & 3, chosen[CHOICES] = {0}, offset = 0;
     nd_qid_table *table = exactly(sizeof *table + devices * sizeof *table->devices);
-    nd_cookies *cookies = nd_cookies_new();
+    nd_cookies *cookies = nd_cookies_new(COOKIES);
     table->count = devices;
     for (uint64_t i = 0; i < devices; i++) /* the directory's own comes first */
         table->devices[i] = (nd_qid_device){makedev(i, 0), (i + 1) << 48};

@@ -22,9 +22,9 @@ typedef struct nd_cookies nd_cookies;
 /* Which entries are looked up: only names that something is mounted on, directories too, or all. */
 enum { ND_LOOK_COVERED, ND_LOOK_DIRECTORIES, ND_LOOK_ALL };
 /* Positions below are cookies themselves; numbers of others lie between this and its double. */
-enum { ND_COOKIE_LIMIT = 1 << 30, ND_COOKIES_MAX = 1 << 20 };
+enum { ND_COOKIE_LIMIT = 1 << 30 };
 
-nd_cookies *nd_cookies_new(void);
+nd_cookies *nd_cookies_new(uint32_t most);
 void nd_cookies_free(nd_cookies *cookies);
 uint32_t nd_cookies_dump(nd_cookies *cookies, uint64_t *positions, uint32_t room, uint32_t *base);
 int nd_cookies_load(nd_cookies *cookies, const uint64_t *positions, uint32_t count, uint32_t base);
@@ -42,7 +42,7 @@ enum { COOKIE_AT = 13, ENTRY_FIXED = 13 + 8 + 1 + 2, FIRST_ROOM = 256 };
 
 /*
  * Cookies of one directory. Number `base + i` stands for positions[i]; `slots` finds i + 1 by
- * position, open addressing, at most half full. When ND_COOKIES_MAX are known, the older half is
+ * position, open addressing, at most half full. When `most` are known, the older half is
  * forgotten, so that neither a huge directory nor one whose entries come and go takes more memory:
  * only a seek that far back fails.
  */
@@ -50,13 +50,15 @@ struct nd_cookies {
     pthread_mutex_t lock;
     uint64_t *positions;
     uint32_t *slots;
-    uint32_t base, count, room;
+    uint32_t base, count, room, most;
 };
 
-nd_cookies *nd_cookies_new(void) {
+nd_cookies *nd_cookies_new(uint32_t most) {
     nd_cookies *cookies = calloc(1, sizeof *cookies);
-    if (cookies)
+    if (cookies) {
         pthread_mutex_init(&cookies->lock, NULL);
+        cookies->most = most;
+    }
     return cookies;
 }
 
@@ -83,11 +85,12 @@ static void fill_slots(nd_cookies *cookies) {
 }
 
 static int make_room(nd_cookies *cookies) {
-    if (cookies->count == ND_COOKIES_MAX) {
+    if (cookies->count == cookies->most) {
         uint32_t half = cookies->count / 2;
-        memmove(cookies->positions, cookies->positions + half, half * sizeof *cookies->positions);
+        cookies->count -= half;
         cookies->base = (cookies->base + half) % ND_COOKIE_LIMIT;
-        cookies->count = half;
+        memmove(cookies->positions, cookies->positions + half,
+                cookies->count * sizeof *cookies->positions);
         fill_slots(cookies);
         return 0;
     }
@@ -112,7 +115,7 @@ static int cookie_of(nd_cookies *cookies, uint64_t position, uint64_t *cookie) {
     }
     uint32_t *slot = cookies->room ? slot_of(cookies, position) : NULL;
     if (!slot || !*slot) {
-        if (cookies->count == cookies->room) {
+        if (cookies->count == cookies->room || cookies->count == cookies->most) {
             int error = make_room(cookies);
             if (error)
                 return error;

@@ -38,7 +38,7 @@ class Answers:
         self._replies = vring.replies
         self._tracing = trace.isEnabledFor(logging.DEBUG)
         self._done: list[i64] = []
-        self.session: Session[Fid] = Session(words_for)
+        self.session: Session[Fid] = Session(words_for, 0)
         """That the replies belong to: in its dialect errors are told."""
 
     def publish(self) -> None:

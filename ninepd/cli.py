@@ -14,8 +14,8 @@ import click
 from ninepd import __version__, checking, config, configfile, qemu, supervisor
 from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.errors import UsageError
+from ninepd.limits import Limits
 from ninepd.logs import Format, Level, start_logging
-from ninepd.p9.limits import MAX_FIDS
 from ninepd.process import open_standard_descriptors, write_error
 
 USAGE_ERROR: Final = 2
@@ -79,6 +79,27 @@ def _print_capabilities(context: click.Context, _parameter: click.Parameter, val
 )
 def cli() -> None:
     """Serve host directories to virtual machines as 9P2000.L over vhost-user."""
+
+
+def _limit_options() -> list[Callable[..., Any]]:
+    return [
+        click.option(
+            f"--{name}-max",
+            type=int,
+            metavar=metavar,
+            default=getattr(Limits, f"{name}_max"),
+            show_default=True,
+            help=text,
+        )
+        for name, metavar, text in (
+            ("msize", "BYTES", "Largest 9P message to agree on."),
+            ("fids", "N", "Files that a guest may refer to at once, at about 370 bytes each."),
+            ("xattrs", "N", "Extended attributes that it may have open, at up to 64 KiB each."),
+            ("locks", "N", "Ranges of bytes that it may lock."),
+            ("cookies", "N", "Positions to remember of each directory that is being listed."),
+            ("workers", "N", "Threads for what waits for storage, half for one file system."),
+        )
+    ]
 
 
 def _throttle_options() -> list[Callable[..., Any]]:
@@ -233,22 +254,7 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="As root, serve a DIR that other users can reach: by a setuid program or a device "
             "node that a guest makes there they become root.",
         ),
-        click.option(
-            "--msize-max",
-            type=int,
-            metavar="BYTES",
-            default=config.DEFAULT_MSIZE_MAX,
-            show_default=True,
-            help="Largest 9P message to agree on.",
-        ),
-        click.option(
-            "--fids-max",
-            type=int,
-            metavar="N",
-            default=MAX_FIDS,
-            show_default=True,
-            help="Files that a guest may refer to at once, at about 370 bytes of memory each.",
-        ),
+        *_limit_options(),
         click.option(
             "--poll-us",
             type=int,

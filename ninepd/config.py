@@ -12,8 +12,8 @@ from typing import Any, Final
 from ninepd.activation import Activated, choose_activated
 from ninepd.errors import UsageError
 from ninepd.idranges import NO_SQUASH, IdRanges, parse_ranges, parse_squash
+from ninepd.limits import Limits
 from ninepd.logs import Format, Level
-from ninepd.p9.limits import MAX_FIDS, MIN_FIDS, MIN_MSIZE
 from ninepd.syscalls import NO_ID
 from ninepd.throttle import Rates
 
@@ -24,7 +24,6 @@ SUN_PATH_MAX: Final = 107
 DEFAULT_SOCKET_MODE: Final = "0600"
 DEFAULT_FMODE: Final = "0600"
 DEFAULT_DMODE: Final = "0700"
-DEFAULT_MSIZE_MAX: Final = 1 << 20
 DEFAULT_POLL_US: Final = 100
 _MODE: Final = re.compile(r"0*[0-7]{1,3}", re.ASCII)
 AUTO: Final = "auto"
@@ -75,7 +74,7 @@ class Writeout(StrEnum):
 
 
 @dataclass(frozen=True)
-class Export(Rates):
+class Export(Rates, Limits):
     """One directory, offered under one tag on one vhost-user socket."""
 
     export: str
@@ -101,8 +100,6 @@ class Export(Rates):
     allow_kernel_filesystems: bool = False
     trusted_xattrs: bool = False
     allow_unsafe_export: bool = False
-    msize_max: int = DEFAULT_MSIZE_MAX
-    fids_max: int = MAX_FIDS
     poll_us: int = DEFAULT_POLL_US
 
     def __post_init__(self) -> None:
@@ -121,10 +118,7 @@ class Export(Rates):
         _check_choice("sandbox", self.sandbox, Sandbox)
         _check_choice("host-mounts", self.host_mounts, HostMounts)
         self.check_rates()
-        if self.msize_max < MIN_MSIZE:
-            raise UsageError(f"--msize-max: {self.msize_max} is below {MIN_MSIZE}, the least")
-        if self.fids_max < MIN_FIDS:
-            raise UsageError(f"--fids-max: {self.fids_max} is below {MIN_FIDS}, the least")
+        self.check_limits()
         if not 0 <= self.poll_us <= 10_000:
             raise UsageError(f"--poll-us: {self.poll_us} is not between 0 and 10000")
 

@@ -143,7 +143,7 @@ class ExportServer:
         about["guest_pid"] = peer.pid
         log.info("%s: front end connected (%s)", self._tag, peer)
         export = self._offer.export
-        service = Service(self._tree, export.msize_max, export.fids_max, export.tag, self._throttle)
+        service = Service(self._tree, export, export.tag, self._throttle)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
         self._report(True)
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from ninepd.errors import to_errno
 from ninepd.export.handles import Handle
@@ -31,9 +31,6 @@ from ninepd.ops.replies import Later, Payload, Reply
 from ninepd.workers import Workers
 
 log = logging.getLogger(__name__)
-
-WORKERS_MAX: Final = 32
-"""Jobs that run at once, unless told otherwise."""
 
 
 class JobState(Enum):
@@ -112,10 +109,9 @@ class Job:
 class Jobs:
     """The jobs of one ring. All but ``finish`` belongs to the thread that serves the ring."""
 
-    def __init__(
-        self, name: str, workers: Workers, wake: Callable[[], None], limit: int = WORKERS_MAX
-    ) -> None:
-        """At most ``limit`` jobs run on workers at once, and half as many on one file system.
+    def __init__(self, name: str, workers: Workers, wake: Callable[[], None], limit: int) -> None:
+        """At most ``limit`` jobs run on workers at once, two or more, half of them on one file
+        system.
 
         ``wake`` is called on a worker when a job is done.
         """
@@ -123,7 +119,7 @@ class Jobs:
         self._workers = workers
         self._wake = wake
         self._limit = limit
-        self._limit_each = max(limit // 2, 1)
+        self._limit_each = limit // 2
         self.by_tag: dict[int, Job] = {}
         self._followers: dict[int, Job] = {}
         self._held: list[Job] = []

@@ -19,7 +19,7 @@ class LookUp(IntEnum):
 
 
 class _Lib(Protocol):
-    def nd_cookies_new(self) -> Any: ...
+    def nd_cookies_new(self, most: int) -> Any: ...
     def nd_cookies_free(self, cookies: Any) -> None: ...
     def nd_cookies_dump(self, cookies: Any, positions: Any, room: int, base: Any) -> int: ...
     def nd_cookies_load(self, cookies: Any, positions: Any, count: int, base: int) -> int: ...
@@ -60,14 +60,15 @@ class Cookies:
     A 32-bit guest fails with EOVERFLOW on a cookie above 2^31 - 1 (glibc's readdir). A position
     below 2^30 is its own cookie. Any other gets a number when it is first shown, 16 bytes each, and
     keeps it as long as the directory is open: a number means the same position to all fids, after
-    rewinding, and after entries have gone. Of more than a million the older half is forgotten. Safe
-    to use from several threads.
+    rewinding, and after entries have gone. When there are too many the older half is forgotten.
+    Safe to use from several threads.
     """
 
     __slots__ = ("table",)
 
-    def __init__(self) -> None:
-        table = _lib.nd_cookies_new()
+    def __init__(self, most: int) -> None:
+        """``most`` are known at once: see ``Limits``."""
+        table = _lib.nd_cookies_new(most)
         if not table:
             raise MemoryError
         self.table = _ffi.gc(table, _lib.nd_cookies_free)

@@ -95,7 +95,13 @@ class Pipeline(Turns):
         num = setup.num
         handles = service.guest.tree.handles
         super().__init__(
-            vring, watch, workers, handles.budget, poll_us=setup.poll_us, name=setup.name
+            vring,
+            watch,
+            workers,
+            handles.budget,
+            workers_max=service.limits.workers_max,
+            poll_us=setup.poll_us,
+            name=setup.name,
         )
         self._service = service
         self._header_stride = vring.header_stride

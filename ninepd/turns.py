@@ -63,6 +63,7 @@ class Turns:
         workers: Workers,
         budget: Budget,
         *,
+        workers_max: int,
         poll_us: int,
         name: str,
     ) -> None:
@@ -73,7 +74,7 @@ class Turns:
         self._poll_us = poll_us
         self._name = name
         self._answers = Answers(vring, name)
-        self._jobs = Jobs(name, workers, vring.wake)
+        self._jobs = Jobs(name, workers, vring.wake, workers_max)
         self._batch: Iterator[tuple[int, ...]] = iter(())
         """What is left of it: the next to serve the ring goes on with that."""
         self._stopping = False

@@ -13,6 +13,7 @@ from ninepd.p9.messages import (
     Tlcreate,
     Tlock,
     Tread,
+    Treaddir,
     Twalk,
     Twrite,
     Txattrwalk,
@@ -23,8 +24,6 @@ from tests.support.client import ROOT, Client, Daemon
 from tests.support.reclaim import BY_NAME, LIMIT, Start
 
 start = reclaim.start
-
-MAX_RANGES = 4096
 
 
 # msize
@@ -128,22 +127,60 @@ def test_locks_take_descriptors_of_the_guest_only(start: Start, export: Path) ->
 # Locks
 
 
-def test_ranges_that_are_split(client: Client, export: Path) -> None:
+def lock(kind: LockType, start: int, length: int) -> Tlock:
+    return Tlock(1, kind, 0, start, length, 7, b"guest")
+
+
+@pytest.mark.parametrize(("options", "most"), [((), 4096), (("--locks-max", "3"), 3)])
+def test_ranges_that_are_split(
+    start_daemon: StartDaemon, export: Path, options: tuple[str, ...], most: int
+) -> None:
     """Giving back the middle of a range makes two of it: that is limited, too."""
     (export / "f").touch()
-    client.open(ROOT, 1, b"f", flags=os.O_RDWR)
-    client.rpc(Tlock(1, LockType.WRLCK, 0, 0, 0, 7, b"guest"))
-    splits = 0
-    while not (
-        refusal := client.error(Tlock(1, LockType.UNLCK, 0, 2 * splits + 1, 1, 7, b"guest"))
-    ):
-        splits += 1
-        assert splits < MAX_RANGES
-    assert refusal == "ENOLCK"
-    assert splits == MAX_RANGES - 1
-    # What does not split is still done.
-    client.rpc(Tlock(1, LockType.UNLCK, 0, 0, 1, 7, b"guest"))
-    client.rpc(Tlock(1, LockType.UNLCK, 0, 0, 0, 7, b"guest"))
+    with Client(start_daemon(*options).socket) as client:
+        client.attach()
+        client.open(ROOT, 1, b"f", flags=os.O_RDWR)
+        client.rpc(lock(LockType.WRLCK, 0, 3 * most))
+        splits = 0
+        while not (refusal := client.error(lock(LockType.UNLCK, 2 * splits + 1, 1))):
+            splits += 1
+            assert splits < most
+        assert refusal == "ENOLCK"
+        assert splits == most - 1
+        assert client.error(lock(LockType.WRLCK, 4 * most, 1)) == "ENOLCK"
+        # What does not split is still done.
+        client.rpc(lock(LockType.UNLCK, 0, 1))
+        client.rpc(lock(LockType.WRLCK, 4 * most, 1))
+        client.rpc(lock(LockType.UNLCK, 0, 0))
+
+
+# Directories
+
+
+@pytest.mark.parametrize(("options", "forgotten"), [((), False), (("--cookies-max", "8192"), True)])
+def test_a_long_way_back_in_a_directory(
+    start_daemon: StartDaemon,
+    export: Path,
+    mount_ext4: Mount,
+    options: tuple[str, ...],
+    forgotten: bool,
+) -> None:
+    """A listing comes to its end, whatever is remembered of it."""
+    folder = mount_ext4(export / "m") / "d"
+    folder.mkdir()
+    (folder / "0").touch()
+    names = {b"%d" % number for number in range(9000)}
+    for name in names - {b"0"}:
+        os.link(folder / "0", folder / os.fsdecode(name))
+    with Client(start_daemon(*options).socket) as client:
+        client.attach()
+        client.open(ROOT, 1, b"m", b"d")
+        listed = client.listing(1)
+        assert len(listed) == len(names) + 2
+        assert {entry.name for entry in listed} == names | {b".", b".."}
+        first = next(entry.offset for entry in listed if entry.offset >= 1 << 30)
+        assert client.error(Treaddir(1, first, 1000)) == ("EINVAL" if forgotten else "")
+        client.readdir(1)
 
 
 # Memory

@@ -61,6 +61,10 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         "allow-unsafe-export": "true",
         "msize-max": "8192",
         "fids-max": "1000",
+        "xattrs-max": "100",
+        "locks-max": "10",
+        "cookies-max": "10000",
+        "workers-max": "8",
         "poll-us": "0",
         **THROTTLE,
     }
@@ -69,7 +73,9 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
     named = {"export", "tag", "socket-path", "fd", "squash-to", *more}
     assert named == {field.name.replace("_", "-") for field in fields(Export)}
     assert (loaded.security_model, loaded.readonly) == ("mapped-xattr", True)
-    assert (loaded.msize_max, loaded.fids_max, loaded.poll_us) == (8192, 1000, 0)
+    assert (loaded.msize_max, loaded.fids_max, loaded.xattrs_max) == (8192, 1000, 100)
+    assert (loaded.locks_max, loaded.cookies_max, loaded.workers_max) == (10, 10_000, 8)
+    assert loaded.poll_us == 0
     assert (loaded.socket_gid, loaded.socket_permissions) == (0, 0o660)
     assert loaded.allow_uid == (0, 4321)
     assert (loaded.fmode, loaded.dmode) == ("0640", "0750")
@@ -99,10 +105,13 @@ def test_every_option_can_stand_in_the_file(tmp_path: Path, export: Path, good: 
         ('msize-max = "8192"', "msize-max must be a whole number"),
         ("msize-max = true", "msize-max must be a whole number"),
         ("msize-max = 8192.5", "msize-max must be a whole number"),
-        ("msize-max = 4095", "line 5 (export 1): --msize-max: 4095 is below 4096"),
+        ("msize-max = 4095", "line 5 (export 1): --msize-max: 4095 is not between 4096"),
         ("msize-max = -1", "--msize-max"),
-        ("fids-max = 15", "line 5 (export 1): --fids-max: 15 is below 16"),
+        ("fids-max = 15", "line 5 (export 1): --fids-max: 15 is not between 16"),
         ("fids-max = 1e6", "fids-max must be a whole number"),
+        ("fids-max = 4294967296", "--fids-max: 4294967296 is not between 16 and 4294967295"),
+        ("workers-max = 1025", "line 5 (export 1): --workers-max: 1025 is not between 2 and 1024"),
+        ('locks-max = "10"', "locks-max must be a whole number"),
         ("poll-us = -1", "--poll-us"),
         ("poll-us = 10001", "--poll-us"),
         ("security-model = 5", "security-model must be a string"),
@@ -257,7 +266,7 @@ def test_defaults_are_for_exports_that_do_not_set_them(
             "",
             "line 3 (defaults): --log-level: this is an option of the daemon",
         ),
-        ("msize-max = 1", "", "line 3 (defaults, for export 1): --msize-max: 1 is below"),
+        ("msize-max = 1", "", "line 3 (defaults, for export 1): --msize-max: 1 is not between"),
         ("fmode = '0640'", "security-model = 'none'", "line 3 (defaults, for export 1): --fmode"),
         ("security-model = 'none'", "fmode = '0640'", "line 8 (export 1): --fmode: with none"),
         ("socket_mode = 'x'", "", "line 3 (defaults, for export 1): --socket-mode: 'x' is no"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from ninepd.cli import serve
+from ninepd.limits import CHOICES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ninepd"
@@ -88,12 +89,15 @@ def test_exceptions_still_exist() -> None:
     assert {name.partition(": ")[2] for name in in_c()} >= OF_PYTHON_TOO | NO_BOUNDS_IN_C
 
 
-def test_options_exist_and_have_these_defaults() -> None:
+def test_options_have_these_defaults_and_choices() -> None:
     options = {option: parameter for parameter in serve.params for option in parameter.opts}
-    chosen = {row.chosen_by.strip("`"): row for row in ROWS if row.chosen_by.startswith("`--")}
-    assert chosen
-    for option, row in chosen.items():
-        assert row.bound == str(options[option].default)
+    found = {}
+    for row in ROWS:
+        if chosen := re.fullmatch(r"`(--[a-z-]+)`, (\d+) to (\d+)", row.chosen_by):
+            option, least, most = chosen.groups()
+            found[option.removeprefix("--").replace("-", "_")] = (int(least), int(most))
+            assert row.bound == str(options[option].default)
+    assert found == CHOICES
 
 
 def test_nothing_is_without_an_answer() -> None:

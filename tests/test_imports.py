@@ -34,6 +34,7 @@ LAYERS: Final = (
     {"ops"},
     {"export"},
     {"config"},
+    {"limits"},
     {"vhostuser", "p9", "listing", "owners", "ids"},
     {"logs"},
     {"journal", "jsonlog"},

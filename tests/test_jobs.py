@@ -180,6 +180,36 @@ def end_lease(export: Path) -> Iterator[Callable[[], object]]:
     signal.signal(signal.SIGIO, before)
 
 
+def threads(daemon: Daemon) -> int:
+    return len(os.listdir(f"/proc/{daemon.pid}/task"))
+
+
+@pytest.mark.parametrize(("most", "on_one_file_system"), [(2, 1), (8, 4)])
+def test_workers_are_as_many_as_was_said(
+    start_daemon: StartDaemon,
+    end_lease: Callable[[], object],
+    most: int,
+    on_one_file_system: int,
+) -> None:
+    """Half of them wait, for the one file system that there is; what is left comes afterwards."""
+    daemon = start_daemon("--workers-max", str(most))
+    with Client(daemon.socket) as client:
+        client.attach()
+        fids = range(1, 13)
+        for fid in fids:
+            client.walk(ROOT, fid, b"leased")
+        before = threads(daemon)  # one of them is there to take the ring over
+        heads = [send(client, Tlopen(fid, os.O_WRONLY), tag=TAG + fid) for fid in fids]
+        client.getattr(ROOT)  # all of them have been taken
+        assert threads(daemon) == before + on_one_file_system - 1
+        end_lease()
+        done = client.driver.wait_used(20, len(heads))
+        assert sorted(head for head, _ in done) == sorted(heads)
+        assert not any(
+            isinstance(decode(client.driver.reply(*entry))[1], Rlerror) for entry in done
+        )
+
+
 BREAKS_LEASES = {
     "open": Tlopen(1, os.O_WRONLY),
     "truncate": Tsetattr(1, int(SetattrValid.SIZE), 0, 0, 0, 5, 0, 0, 0, 0),

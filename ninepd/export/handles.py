@@ -108,9 +108,9 @@ class Handle(Holder):
         old, self.directory, self._name = self.directory, directory, name
         return old
 
-    def begin_listing(self) -> Cookies:
+    def begin_listing(self, cookies_max: int) -> Cookies:
         """Cookies for a directory, the same for all that have it open now and later."""
-        fresh = Cookies()
+        fresh = Cookies(cookies_max)
         with self.budget.lock:  # two may begin at once
             known = [file.cookies for file in self.opened if file.cookies is not None]
             cookies = known[0] if known else fresh

@@ -17,10 +17,10 @@ from ninepd.errors import words_for
 from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Hint, Opened
 from ninepd.export.tree import Tree
+from ninepd.limits import Limits
 from ninepd.listing import Run
 from ninepd.ops.fid import DOOMED, RELEASED, Fid
 from ninepd.ops.locks import LockTable
-from ninepd.p9.limits import MAX_FIDS
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
 from ninepd.statelock import GUEST, state_lock
@@ -28,7 +28,6 @@ from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
-MAX_XATTR_FIDS: Final = 1024
 END_SLICE: Final = 512
 """Fids that are let go in one step, at 2.3 us each."""
 
@@ -36,15 +35,15 @@ END_SLICE: Final = 512
 class Guest:
     """One guest's fids, locks, values of extended attributes, and session on an export."""
 
-    def __init__(self, tree: Tree, msize_max: int, fids_max: int = MAX_FIDS, tag: str = "") -> None:
+    def __init__(self, tree: Tree, limits: Limits, tag: str = "") -> None:
         """``tag`` is what the export is called in the log."""
         self.tag = tag
         self.tree = tree
         self.host = tree.host
         self.readonly = tree.host.readonly
-        self._msize_max = msize_max
-        self.session: Session[Fid] = Session(words_for, fids_max)
-        self.locks = LockTable(tree)
+        self.limits = limits
+        self.session: Session[Fid] = Session(words_for, limits.fids_max)
+        self.locks = LockTable(tree, limits.locks_max)
         self.xattr_fids = 0
         self.last_run: Run | None = None
         """Of directory entries: the last one that was sent."""
@@ -55,7 +54,7 @@ class Guest:
 
     def version(self, request: Tversion, msize_limit: int) -> Rversion:
         """Begin the session; EMSGSIZE for an impossible msize."""
-        return self.session.negotiate(request, min(self._msize_max, msize_limit))
+        return self.session.negotiate(request, min(self.limits.msize_max, msize_limit))
 
     def end(self) -> None:
         """Drop the session as if the client had clunked everything, without committing xattrs.
@@ -177,8 +176,8 @@ class Guest:
 
     def check_xattr_room(self) -> None:
         """ENOSPC, as QEMU's max_xattr, when too many extended attributes are open."""
-        if self.xattr_fids >= MAX_XATTR_FIDS:
-            raise OSError(errno.ENOSPC, f"{MAX_XATTR_FIDS} extended attributes are open")
+        if self.xattr_fids >= self.limits.xattrs_max:
+            raise OSError(errno.ENOSPC, f"{self.xattr_fids} extended attributes are open")
 
     # Answers
 
@@ -191,18 +190,12 @@ class Service:
     """An export, and whatever session a guest has with it now."""
 
     def __init__(
-        self,
-        tree: Tree,
-        msize_max: int,
-        fids_max: int,
-        tag: str,
-        throttle: Throttle | None = None,
+        self, tree: Tree, limits: Limits, tag: str, throttle: Throttle | None = None
     ) -> None:
+        self.limits: Final = limits
         self.throttle: Final = throttle
         """How fast guests may read and write, if that is limited."""
         self._tree = tree
-        self._msize_max = msize_max
-        self._fids_max = fids_max
         self._tag = tag
         self.guest = self._fresh()
 
@@ -214,4 +207,4 @@ class Service:
         return old
 
     def _fresh(self) -> Guest:
-        return Guest(self._tree, self._msize_max, self._fids_max, self._tag)
+        return Guest(self._tree, self.limits, self._tag)

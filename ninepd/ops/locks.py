@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_RANGES: Final = 4096
 _TO_HOST: Final = {
     LockType.RDLCK: fcntl.F_RDLCK,
     LockType.WRLCK: fcntl.F_WRLCK,
@@ -87,8 +86,9 @@ class _Inode:
 class LockTable:
     """All locks of one session. Safe to use from several threads."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, ranges_max: int) -> None:
         self._tree = tree
+        self._ranges_max = ranges_max
         self._inodes: dict[Handle, _Inode] = {}
         self._count = 0
         self._ended = False
@@ -234,8 +234,8 @@ class LockTable:
 
     def _reserve(self, count: int) -> None:
         with self._lock:
-            if count > 0 and self._count + count > MAX_RANGES:
-                raise OSError(errno.ENOLCK, f"{MAX_RANGES} ranges are locked")
+            if count > 0 and self._count + count > self._ranges_max:
+                raise OSError(errno.ENOLCK, f"{self._count} ranges are locked")
             self._count += count
 
     def _take(self, inode: _Inode, new: Range, wait: bool) -> bool:

@@ -18,7 +18,7 @@ def readdir(guest: Guest, message: Treaddir, payload: Payload, fid: Fid) -> Repl
     directory = fid.open_object()
     if not fid.handle.is_directory:
         raise NotADirectoryError(errno.ENOTDIR, "the fid is no directory")
-    cookies = directory.cookies or fid.handle.begin_listing()
+    cookies = directory.cookies or fid.handle.begin_listing(guest.limits.cookies_max)
     size = min(message.nbytes, payload.room)
     tree, fd = guest.tree, directory.fd
     look_up, covered = tree.covered(fid.handle)

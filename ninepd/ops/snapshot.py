@@ -208,7 +208,7 @@ def load(guest: Guest, state: GuestState) -> None:
     handles = _load_handles(tree, state)
     files = [_load_file(tree, handles[file.handle], file) for file in state.files]
     for index, (base, positions) in state.cookies.items():
-        handles[index].begin_listing().load(base, positions)
+        handles[index].begin_listing(guest.limits.cookies_max).load(base, positions)
     for fid in state.fids:
         _load_fid(guest, handles, files, fid)
     for lock in state.locks:

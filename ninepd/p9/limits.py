@@ -6,7 +6,3 @@ MIN_MSIZE: Final = 4096
 """Linux refuses to mount below this (net/9p/client.c, p9_client_version)."""
 MAX_WALK: Final = 16
 """Names in one Twalk (walk(5))."""
-MIN_FIDS: Final = 16
-"""Below this a mount has hardly one to walk with."""
-MAX_FIDS: Final = 1 << 20
-"""Of one session, if nothing else is said: ours, for the protocol has no bound."""

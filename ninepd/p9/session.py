@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Final, Generic, TypeVar
 
 from ninepd.p9.fids import FidTable
-from ninepd.p9.limits import MAX_FIDS, MIN_MSIZE
+from ninepd.p9.limits import MIN_MSIZE
 from ninepd.p9.messages import NOFID, Rerror, RerrorPlain, Rlerror, Rversion, Tversion
 from ninepd.tuples import made
 
@@ -38,7 +38,7 @@ def _dialect(version: bytes) -> Dialect | None:
 class Session(Generic[F]):
     """Between one Tversion and the next. ``msize`` is 0 until the first."""
 
-    def __init__(self, words: Callable[[int], bytes], fids_max: int = MAX_FIDS) -> None:
+    def __init__(self, words: Callable[[int], bytes], fids_max: int) -> None:
         """``words`` says what an errno means, for those dialects that know no numbers."""
         self._words = words
         self._fids_max = fids_max

@@ -13,6 +13,7 @@ from ninepd.export.descriptors import GLANCES, SLICE, Holder
 from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
 from ninepd.jobs import Job, Jobs
+from ninepd.limits import Limits
 from ninepd.ops import files
 from ninepd.ops.guest import END_SLICE, Guest
 from ninepd.ops.replies import Later
@@ -154,7 +155,7 @@ def tree(export: Path) -> Iterator[Tree]:
 
 
 def test_a_session_ends_in_slices(tree: Tree) -> None:
-    guest = Guest(tree, 1 << 20)
+    guest = Guest(tree, Limits())
     for number in range(3 * END_SLICE):
         guest.add(number, tree.handles.share(tree.root), 0)
     assert not guest.end_some()
@@ -173,7 +174,7 @@ def private() -> PrivatePayload:
 @pytest.mark.usefixtures("as_root")
 def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> None:
     """It was held when the fid was no open file yet; its descriptor is its own all the same."""
-    guest = Guest(tree, 1 << 20)
+    guest = Guest(tree, Limits())
     pins: list[Holder] = []
     handle, _ = tree.existing(tree.root, b"f0", pins)
     fid = guest.add(1, handle, 0)
@@ -181,7 +182,7 @@ def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> Non
     begun = threading.Event()
     message = Tread(1, 0, 100)
     workers = Workers("test")
-    jobs = Jobs("test", workers, lambda: None)
+    jobs = Jobs("test", workers, lambda: None, 2)
     read = private()
     started, go = threading.Event(), threading.Event()
 
@@ -225,7 +226,7 @@ def test_a_job_that_waited_for_an_open_keeps_what_that_opened(tree: Tree) -> Non
 
 def test_the_rest_of_a_request_takes_a_holder(tree: Tree) -> None:
     """Not the number that its descriptor had when the request came."""
-    guest = Guest(tree, 1 << 20)
+    guest = Guest(tree, Limits())
     pins: list[Holder] = []
     handle, _ = tree.existing(tree.root, b"f0", pins)
     fid = guest.add(1, handle, 0)

@@ -18,6 +18,7 @@ from ninepd.export.descriptors import Holder
 from ninepd.export.handles import Handle, Opened
 from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
+from ninepd.limits import Limits
 from ninepd.ops import names
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
@@ -201,7 +202,7 @@ def test_threads_that_share_few_descriptors(tmp_path: Path, reclaim: Reclaim) ->
     before = os.listdir("/proc/self/fd")
     root = os.open(tmp_path, os.O_PATH)
     tree = Tree(root, LocalHost(strict=False), budget=BUDGET, reclaim=reclaim)
-    guest = Guest(tree, 1 << 20)
+    guest = Guest(tree, Limits())
     workers = [Worker(guest, tmp_path, number) for number in range(5)]
     for worker in workers:
         worker.start()

@@ -44,7 +44,7 @@ def fids(tree: Tree) -> Iterator[list[Fid]]:
 
 def test_dumped_and_loaded(tree: Tree, fids: list[Fid]) -> None:
     chance = random.Random(9)
-    table = LockTable(tree)
+    table = LockTable(tree, 4096)
     for _ in range(300):
         kind = chance.choice(list(LockType))
         owner = Owner(chance.randrange(4), b"guest")
@@ -54,7 +54,7 @@ def test_dumped_and_loaded(tree: Tree, fids: list[Fid]) -> None:
     counts = [fid.locks for fid in fids]
     for fid in fids:
         fid.locks = 0
-    again = LockTable(tree)
+    again = LockTable(tree, 4096)
     for file, ranges in held:
         again.load(Opened(file.handle, os.dup(file.fd), file.flags, tree.reopen), ranges)
     assert [sorted(ranges, key=str) for _, ranges in again.dump()] == [
@@ -67,7 +67,7 @@ def test_dumped_and_loaded(tree: Tree, fids: list[Fid]) -> None:
 
 
 def test_end(tree: Tree, fids: list[Fid], export: Path) -> None:
-    table = LockTable(tree)
+    table = LockTable(tree, 4096)
     owner = Owner(1, b"guest")
     assert table.lock(fids[0], WRITE, 0, 0, owner)
     table.end()
@@ -80,7 +80,7 @@ def test_end(tree: Tree, fids: list[Fid], export: Path) -> None:
 
 def test_two_requests_on_one_inode_at_once(tree: Tree, fids: list[Fid], export: Path) -> None:
     """Whoever calls keeps them apart; the rule is checked. Other inodes are free meanwhile."""
-    table = LockTable(tree)
+    table = LockTable(tree, 4096)
     owner = Owner(1, b"guest")
     leased = export / "leased"
     leased.touch()
@@ -111,7 +111,7 @@ def test_a_name_that_the_host_gave_a_file_is_another_inode_of_the_guest(
     tree: Tree, fids: list[Fid], export: Path
 ) -> None:
     """Its kernel excludes nobody there, even where the fids' handle has followed the file."""
-    table = LockTable(tree)
+    table = LockTable(tree, 4096)
     old, same = fids[:2]
     assert table.lock(old, WRITE, 0, 0, Owner(1, b"guest"))
     (export / "a").rename(export / "c")
@@ -130,7 +130,7 @@ def test_a_name_that_the_host_gave_a_file_is_another_inode_of_the_guest(
 def test_closing_the_fid_of_a_write_lock_leaves_the_file_open_for_reading_only(
     tree: Tree, fids: list[Fid], export: Path
 ) -> None:
-    table = LockTable(tree)
+    table = LockTable(tree, 4096)
     writer, reader = fids[:2]
     assert table.lock(writer, WRITE, 0, 10, Owner(1, b"guest"))
     assert table.lock(reader, READ, 20, 10, Owner(2, b"guest"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ninepd.listing import Cookies
+from ninepd.limits import CHOICES
+from ninepd.listing import RUN_MAX, Cookies
 from ninepd.p9.messages import Treaddir, Tunlinkat
 from tests.conftest import OTHER_USER, Mount, StartDaemon
 from tests.support.client import ROOT, Client, Entry, entries
@@ -302,7 +303,7 @@ def resident() -> int:
 
 def test_cookies_of_a_directory_that_churns_are_bounded() -> None:
     """Two million names come and go; who reads on, or seeks back a little, does not care."""
-    cookies = Cookies()
+    cookies = Cookies(1 << 20)
     step = 1 << 12
     before = resident()
     previous, known = b"", 0
@@ -335,16 +336,36 @@ def test_nameless_entries_are_left_out(start_daemon: StartDaemon, export: Path, 
             assert [entry.name for entry in client.listing(1)] == [b".", b"..", b"good"]
 
 
+@pytest.mark.parametrize("most", [CHOICES["cookies_max"].least, 8193, 10_000])
+def test_cookies_are_as_many_as_was_said(most: int) -> None:
+    """All of a reply lead back, however small its entries; of what came before, some do."""
+    reply = RUN_MAX // len(entries_at(range(1)))
+    cookies = Cookies(most)
+    seen: list[tuple[int, int]] = []
+    for first in range(1 << 40, (1 << 40) + 2 * most, reply):
+        positions = range(first, first + reply)
+        numbers = [entry.offset for entry in entries(cookies.shorten(entries_at(positions)))]
+        assert [cookies.position(number) for number in numbers] == list(positions)
+        seen += zip(numbers, positions, strict=True)
+        base, known = cookies.dump()
+        assert len(known) <= min(most, len(seen))
+        assert len(known) >= min(most // 2, len(seen))
+        assert list(enumerate(known, (1 << 30) + base)) == seen[-len(known) :]
+    for number, _ in (seen[0], seen[-len(known) - 1]):
+        with pytest.raises(OSError, match="Invalid"):
+            cookies.position(number)
+
+
 def test_many_cookies_are_handed_over() -> None:
     """So many that their memory is the kernel's again as soon as nobody holds it."""
     positions = list(range(1 << 40, (1 << 40) + 40_000))
-    cookies = Cookies()
+    cookies = Cookies(len(positions))
     cookies.load(7, positions)
     assert cookies.dump() == (7, positions)
 
 
 def test_small_positions_are_their_own_cookies() -> None:
-    cookies = Cookies()
+    cookies = Cookies(2)
     run = entries_at(range(1000))
     assert cookies.shorten(run) == run
     assert cookies.position((1 << 30) - 1) == (1 << 30) - 1

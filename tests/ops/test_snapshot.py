@@ -12,6 +12,7 @@ import pytest
 
 from ninepd.export.local import LocalHost
 from ninepd.export.tree import Tree
+from ninepd.limits import Limits
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Later
 from ninepd.ops.snapshot import GuestState, dump, load
@@ -33,7 +34,7 @@ class Session:
     """A guest, with requests as its client sends them."""
 
     def __init__(self, root: int) -> None:
-        self.guest = Guest(Tree(root, LocalHost(), budget=LIMIT), 1 << 20)
+        self.guest = Guest(Tree(root, LocalHost(), budget=LIMIT), Limits())
 
     def ask(self, message: Any, data: bytes = b"") -> Any:
         """The reply, and behind it in ``data`` what came with it."""

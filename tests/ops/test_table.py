@@ -13,6 +13,7 @@ from ninepd.export.local import LocalHost
 from ninepd.export.mapped_xattr import MappedXattrHost
 from ninepd.export.readonly import ReadonlyHost
 from ninepd.export.tree import Tree
+from ninepd.limits import Limits
 from ninepd.ops.fid import Fid
 from ninepd.ops.guest import Guest
 from ninepd.ops.replies import Later, Reply
@@ -94,7 +95,7 @@ def made(tmp_path: Path) -> Iterator[Made]:
     (tmp_path / "link").symlink_to("file")
 
     def make(host: Host, dialect: Dialect) -> Guest:
-        guest = Guest(Tree(os.open(tmp_path, os.O_PATH), host), 1 << 20)
+        guest = Guest(Tree(os.open(tmp_path, os.O_PATH), host), Limits())
         guests.append(guest)
         guest.version(p9.Tversion(1 << 16, dialect.value), 1 << 20)
         tree = guest.tree

@@ -326,18 +326,24 @@ def test_on_an_unlinked_file(client: Client, file: Path) -> None:
 
 
 @pytest.mark.threat("t_xattr_flood")
-def test_too_many_at_once(client: Client, file: Path) -> None:
+@pytest.mark.parametrize(("options", "most"), [((), 1024), (("--xattrs-max", "16"), 16)])
+def test_too_many_at_once(
+    start_daemon: StartDaemon, file: Path, options: tuple[str, ...], most: int
+) -> None:
     """A guest cannot pin values without end; QEMU's max_xattr has the same limit and errno."""
     os.setxattr(file, "user.a", b"v")
-    for fid in range(1000, 2024):
-        client.rpc(Txattrwalk(1, fid, b"user.a"))
-    assert client.error(Txattrwalk(1, 5000, b"user.a")) == "ENOSPC"
-    assert client.error(Txattrcreate(1, b"user.b", 1, 0)) == "ENOSPC"
-    client.clunk(1000)
-    client.rpc(Txattrwalk(1, 5000, b"user.a"))
-    client.attach()
-    client.walk(ROOT, 1, b"f")
-    client.rpc(Txattrwalk(1, 5000, b"user.a"))
+    with Client(start_daemon(*options).socket) as client:
+        client.attach()
+        client.walk(ROOT, 1, b"f")
+        for fid in range(1000, 1000 + most):
+            client.rpc(Txattrwalk(1, fid, b"user.a"))
+        assert client.error(Txattrwalk(1, 5000, b"user.a")) == "ENOSPC"
+        assert client.error(Txattrcreate(1, b"user.b", 1, 0)) == "ENOSPC"
+        client.clunk(1000)
+        client.rpc(Txattrwalk(1, 5000, b"user.a"))
+        client.attach()
+        client.walk(ROOT, 1, b"f")
+        client.rpc(Txattrwalk(1, 5000, b"user.a"))
 
 
 @pytest.mark.threat("t_xattr_shrink")
