@@ -1,6 +1,7 @@
 """docs/limits.md names every bound of the code with its value, and the option that chooses it."""
 
 import re
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from ninepd.cli import serve
-from ninepd.limits import CHOICES
+from ninepd.limits import CHOICES, Limits
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ninepd"
@@ -98,6 +99,7 @@ def test_options_have_these_defaults_and_choices() -> None:
             found[option.removeprefix("--").replace("-", "_")] = (int(least), int(most))
             assert row.bound == str(options[option].default)
     assert found == CHOICES
+    assert {field.name for field in fields(Limits)} == set(CHOICES)
 
 
 def test_nothing_is_without_an_answer() -> None:
