@@ -295,7 +295,7 @@ def test_all_problems_are_found(tmp_path: Path, good: str) -> None:
         "[[export]]\nexport = '/'\n"
     )
     path = write(tmp_path, text)
-    assert ConfigFile(path).problems == [
+    assert ConfigFile(path, ()).problems == [
         f"{path}, line 1: --colour: this option is unknown",
         f"{path}, line 8 (export 1): --poll-us: poll-us must be a whole number",
         f"{path}, line 9 (export 1): --fids-max: fids-max must be a whole number",
@@ -305,5 +305,5 @@ def test_all_problems_are_found(tmp_path: Path, good: str) -> None:
 
 
 def test_what_is_wrong_with_defaults_is_not_said_of_each_export(tmp_path: Path, good: str) -> None:
-    (problem,) = ConfigFile(write(tmp_path, with_defaults(good, "tag = 1"))).problems
+    (problem,) = ConfigFile(write(tmp_path, with_defaults(good, "tag = 1")), ()).problems
     assert "(defaults)" in problem
