@@ -5,6 +5,7 @@ it, in order. Only that the front end has gone is seen meanwhile.
 """
 
 import asyncio
+import functools
 import logging
 import select
 import socket
@@ -18,6 +19,18 @@ from ninepd.ops.guest import Service
 from ninepd.vhostuser.messages import Message
 
 log = logging.getLogger(__name__)
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From any thread: have the loop thread call it.
+
+    A thread may come back from slow storage when the loop has ended, with all that it served.
+    """
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 class Connection:
@@ -52,7 +65,7 @@ class Connection:
         loop.add_reader(self._front_end.fileno(), self.readable)
 
     def _call_soon(self, call: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(self._guarded, call)
+        call_soon(self._loop, functools.partial(self._guarded, call))
 
     def _guarded(self, call: Callable[[], None]) -> None:
         try:

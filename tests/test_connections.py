@@ -1,11 +1,16 @@
 """Front ends that stop, go on and look in: the ring and the session survive it."""
 
+import asyncio
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import uvloop
+
+from ninepd.connection import call_soon
 from ninepd.vhostuser.messages import Request
 from tests.conftest import StartDaemon
 from tests.support.client import ROOT, Client, Daemon
@@ -86,3 +91,14 @@ def test_a_probe_does_not_end_once(start_daemon: StartDaemon) -> None:
         client.getattr(ROOT)
     assert daemon.process.wait(5) == 0
     assert not os.path.exists(daemon.socket)
+
+
+def test_threads_call_the_loop_while_there_is_one() -> None:
+    """One that comes back from its storage when the process ends has nobody to tell."""
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    thread = threading.Thread(target=call_soon, args=(loop, loop.stop))
+    thread.start()
+    loop.run_forever()
+    thread.join()
+    loop.close()
+    call_soon(loop, loop.stop)
