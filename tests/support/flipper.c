@@ -30,7 +30,7 @@ struct pair {
 
 static volatile sig_atomic_t told_to_end;
 static char outside[PATH_MAX], outside_f[PATH_MAX + 2], pit[PATH_MAX + 9];
-static int root, meta = -1;
+static int root;
 static unsigned long swaps;
 
 static void end(int number) {
@@ -92,8 +92,8 @@ static void heal(const struct pair *p) {
     const char *name = kind_of(p->parent, p->a) == MISSING ? p->a : p->b;
     if (kind_of(p->parent, name) == REAL && unlinkat(p->parent, name, 0))
         renameat(p->parent, name, root, "gone");
-    if (symlinkat(p->target, p->parent, name) && errno != EEXIST)
-        perror("symlink");
+    if (symlinkat(p->target, p->parent, name) && errno != EEXIST && errno != ENOENT)
+        perror("symlink"); /* the last: a guest has removed the parent */
 }
 
 static void swap(const struct pair *p) {
@@ -101,6 +101,19 @@ static void swap(const struct pair *p) {
         heal(p);
     else
         swaps++;
+}
+
+/* Guests may remove it where it means nothing to them. */
+static void reopen_removed(struct pair *p, const char *parent) {
+    struct stat found;
+    if (fstat(p->parent, &found) || found.st_nlink)
+        return;
+    mkdirat(root, parent, 0700);
+    int fd = openat(root, parent, O_DIRECTORY | O_NOFOLLOW);
+    if (fd >= 0) {
+        close(p->parent);
+        p->parent = fd;
+    }
 }
 
 static void move(const char *from, const char *to) {
@@ -129,7 +142,7 @@ int main(int argc, char **argv) {
     mkdirat(root, "y", 0700);
     make_directory(root, "x/deep");
     mkdirat(root, ".virtfs_metadata", 0700);
-    meta = openat(root, ".virtfs_metadata", O_DIRECTORY | O_NOFOLLOW);
+    int meta = openat(root, ".virtfs_metadata", O_DIRECTORY | O_NOFOLLOW);
     struct pair pairs[] = {
         {"d", "l", outside, 1, root},
         {"f", "fl", outside_f, 0, root},
@@ -148,6 +161,8 @@ int main(int argc, char **argv) {
             if (turn % HEAL_EVERY == 0)
                 heal(&pairs[i]);
         }
+        if (turn % HEAL_EVERY == 0)
+            reopen_removed(&pairs[count - 1], ".virtfs_metadata");
         move("x/deep", "y/deep");
         move("y/deep", pit);
         move(pit, "x/deep");
