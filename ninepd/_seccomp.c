@@ -51,8 +51,8 @@ static const uint16_t nd_allowed_calls[] = {
     SYS_fsync, SYS_fdatasync, SYS_sync_file_range, SYS_ftruncate, SYS_truncate, SYS_fallocate,
     SYS_fadvise64, SYS_flock,
     /* Names and attributes */
-    SYS_faccessat, SYS_mkdirat, SYS_mknodat, SYS_symlinkat, SYS_linkat, SYS_unlinkat, SYS_renameat,
-    SYS_renameat2, SYS_fchmod, SYS_fchmodat, SYS_fchown, SYS_fchownat, SYS_utimensat, SYS_statfs,
+    SYS_faccessat, 439 /* faccessat2 */, SYS_mkdirat, SYS_mknodat, SYS_symlinkat, SYS_linkat,
+    SYS_unlinkat, SYS_renameat, SYS_renameat2, SYS_fchmod, SYS_fchmodat, SYS_fchown, SYS_fchownat, SYS_utimensat, SYS_statfs,
     SYS_fstatfs, SYS_getxattr, SYS_lgetxattr, SYS_fgetxattr, SYS_setxattr, SYS_lsetxattr,
     SYS_fsetxattr, SYS_listxattr, SYS_llistxattr, SYS_flistxattr, SYS_removexattr,
     SYS_lremovexattr, SYS_fremovexattr, SYS_name_to_handle_at, SYS_open_by_handle_at,
@@ -132,8 +132,8 @@ static const uint16_t nd_watching_calls[] = {
 #ifdef SYS_fork
     SYS_fork, /* of musl */
 #endif
-    SYS_seccomp, 444 /* landlock_create_ruleset */, 445 /* landlock_add_rule */,
-    446 /* landlock_restrict_self */,
+    SYS_connect, SYS_bind, SYS_listen, SYS_seccomp, 444 /* landlock_create_ruleset */,
+    445 /* landlock_add_rule */, 446 /* landlock_restrict_self */,
 };
 /* clang-format on */
 
@@ -225,21 +225,22 @@ static void nd_begin(nd_program *program) {
 
 /* Sockets and locks of files, and no ways around others' signals and sockets: F_SETOWN sends a
  * signal to anybody, and a datagram socket of a pair reaches any name. */
-static void nd_answer_descriptors(nd_program *program, uint32_t refuse) {
-    const uint32_t commands[] = {F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD,     F_SETFD,    F_GETFL,
-                                 F_SETFL, F_OFD_GETLK,     F_OFD_SETLK, F_GET_SEALS};
+static void nd_answer_descriptors(nd_program *program, bool watches, uint32_t refuse) {
+    const uint32_t commands[] = {F_DUPFD,     F_DUPFD_CLOEXEC, F_GETFD,     F_SETFD,
+                                 F_GETFL,     F_SETFL,         F_OFD_GETLK, F_OFD_SETLK,
+                                 F_GET_SEALS, F_SETOWN /* last */};
     const uint32_t streams[] = {SOCK_STREAM, SOCK_STREAM | SOCK_CLOEXEC,
                                 SOCK_STREAM | SOCK_NONBLOCK,
                                 SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK};
     const uint32_t ioctls[] = {FIONBIO, FIOCLEX, FIONCLEX, FIONREAD, TCGETS};
-    nd_answer_values(program, SYS_fcntl, 1, commands, sizeof commands / sizeof *commands, refuse);
+    const uint8_t count = sizeof commands / sizeof *commands;
+    nd_answer_values(program, SYS_fcntl, 1, commands, watches ? count : count - 1, refuse);
     nd_answer_values(program, SYS_ioctl, 1, ioctls, sizeof ioctls / sizeof *ioctls, refuse);
     nd_require(program, SYS_socketpair, nd_argument(0), BPF_JEQ, AF_UNIX, true, refuse);
     nd_answer_values(program, SYS_socketpair, 1, streams, sizeof streams / sizeof *streams, refuse);
     nd_require(program, SYS_sendto, nd_argument(4), BPF_JEQ, 0, true, refuse);
     nd_require(program, SYS_sendto, nd_upper(nd_argument(4)), BPF_JEQ, 0, true, refuse);
     nd_answer(program, SYS_sendto, SECCOMP_RET_ALLOW);
-    nd_answer(program, SYS_socket, refuse);
 }
 
 static void nd_write_program(nd_program *program, bool watches) {
@@ -251,7 +252,10 @@ static void nd_write_program(nd_program *program, bool watches) {
     nd_answer_all(program, nd_quiet_calls, ND_COUNT_QUIET, SECCOMP_RET_ALLOW);
     if (watches)
         nd_answer_all(program, nd_watching_calls, ND_COUNT_WATCHING, SECCOMP_RET_ALLOW);
-    nd_answer_descriptors(program, refuse);
+    nd_answer_descriptors(program, watches, refuse);
+    if (watches) /* sockets of exports that are added, and who answers at their paths already */
+        nd_require(program, SYS_socket, nd_argument(0), BPF_JEQ, AF_UNIX, true, refuse);
+    nd_answer(program, SYS_socket, watches ? SECCOMP_RET_ALLOW : refuse);
     /* Nothing is executed that was not there at the start. */
     nd_answer_bits(program, SYS_mmap, 2, PROT_EXEC, refuse, SECCOMP_RET_ALLOW);
     nd_answer_bits(program, SYS_mprotect, 2, PROT_EXEC, refuse, SECCOMP_RET_ALLOW);

@@ -337,12 +337,17 @@ def serve(
 ) -> None:
     """Serve a directory to the guests that connect, one at a time."""
     daemon = {"once": once, "log_level": log_level, "log_format": log_format}
+
+    def read(activated: Sequence[Activated]) -> config.Config:
+        chosen = _configuration(context, config_path, single, daemon, activated)
+        if verbose or trace:
+            chosen = replace(chosen, log_level=(Level.DEBUG if trace else Level.INFO).value)
+        return chosen
+
     activated = take_activated()
-    chosen = _configuration(context, config_path, single, daemon, activated)
+    chosen = read(activated)
     refuse_unused(activated, [export.fd for export in chosen.exports])
-    if verbose or trace:
-        chosen = replace(chosen, log_level=(Level.DEBUG if trace else Level.INFO).value)
-    status = supervisor.serve(chosen)
+    status = supervisor.serve(chosen, read if config_path is not None else None)
     # A worker that hangs on dead storage must not keep the process (Python would join it).
     logging.shutdown()
     os._exit(status)

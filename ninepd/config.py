@@ -122,6 +122,10 @@ class Export(Rates, Limits):
         if not 0 <= self.poll_us <= 10_000:
             raise UsageError(f"--poll-us: {self.poll_us} is not between 0 and 10000")
 
+    def same_socket(self, other: "Export") -> bool:
+        """Do front ends of both connect at the same place?"""
+        return (self.socket_path, self.fd) == (other.socket_path, other.fd)
+
     @property
     def config_space(self) -> bytes:
         """What the guest's driver reads: length and bytes of the tag."""

@@ -29,7 +29,9 @@ from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
-HANDLED: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+RETIRE: Final = signal.SIGUSR1
+"""End as soon as no front end is connected. Who comes then waits for the next process."""
+HANDLED: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, RETIRE})
 """Signals. Whoever forks this process may block them until it can handle them."""
 _ACCEPT_PAUSE: Final = 1.0
 _FAREWELL_SECONDS: Final = 1.5
@@ -51,7 +53,7 @@ class ExportServer:
     ) -> None:
         """``finished`` is called when no front end is there and none can or shall come.
 
-        With ``once`` the first that speaks is the last. ``report`` is told whether one is there.
+        With ``once`` the first that speaks is the last. ``report`` is told who comes or leaves.
         """
         self._offer = offer
         self._tag = offer.export.tag
@@ -67,6 +69,7 @@ class ExportServer:
         self._closing: list[asyncio.Future[None]] = []
         """Of connections that have ended, or are about to."""
         self._served = False
+        self._retires = False
         self._pause: asyncio.TimerHandle | None = None
         self._may_accept = True
         """Has the last attempt to accept a front end not failed?"""
@@ -80,14 +83,19 @@ class ExportServer:
         else:
             self._meet(sock.dup())
 
+    def retire(self) -> None:
+        """Accept nobody any more, and end when the front end that is there has left."""
+        self._retires = True
+        if self._connection is None:
+            self._accept_no_more()
+            self._finished()
+
     async def close(self) -> None:
         """Accept no more; answer what is in flight, part from the front end.
 
         Storage that does not answer is not waited for.
         """
-        if self._pause is not None:
-            self._pause.cancel()
-        self._loop.remove_reader(self._offer.listener.socket)
+        self._accept_no_more()
         self._offer.listener.socket.close()
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -95,6 +103,11 @@ class ExportServer:
             self._closing.append(connection.closed)
         if self._closing:
             await asyncio.wait(self._closing, timeout=_FAREWELL_SECONDS)
+
+    def _accept_no_more(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._offer.listener.socket)
 
     def _accept(self) -> None:
         sock = self._offer.listener.socket
@@ -155,7 +168,9 @@ class ExportServer:
             self._connection = None
             about.pop("guest_pid", None)
             self._report(False)
-        if not self._offer.listener.listening or (self._once and self._served):
+        if self._retires:
+            self.retire()
+        elif not self._offer.listener.listening or (self._once and self._served):
             self._finished()
 
 
@@ -191,14 +206,16 @@ async def _serve(offer: Offer, once: bool, report: Callable[[bool], None]) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
     server = ExportServer(offer, loop, stop.set, once, report)
+    loop.add_signal_handler(RETIRE, server.retire)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     seconds = systemd.watchdog_seconds()
     if seconds < math.inf:
         loop.call_later(seconds, _stay_alive, loop, seconds)
     try:
-        systemd.notify("READY=1", systemd.status(str(offer), 0), wait=True)
+        systemd.notify("READY=1", wait=True)
+        report(False)
         server.start()
         await stop.wait()
         systemd.notify("STOPPING=1")
@@ -209,7 +226,7 @@ async def _serve(offer: Offer, once: bool, report: Callable[[bool], None]) -> No
 def serve(offer: Offer, once: bool, report: Callable[[bool], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, or until no further front end can or shall come.
 
-    ``report`` is told whether one is connected; else the service manager is.
+    ``report`` is told when it begins, and whether one is connected; else the service manager is.
     """
     name_process(offer.export.tag)
     about["export"] = offer.export.tag

@@ -54,6 +54,14 @@ class Listener:
     def __str__(self) -> str:
         return self._where
 
+    def let_in(self, export: Export) -> None:
+        """Whoever may connect by the options of this export; UsageError: all stays as it was."""
+        if self._place is not None:
+            try:
+                self._place.let_in(export)
+            except OSError as error:
+                raise UsageError(f"--socket-mode: {self}: {error.strerror}") from None
+
     def close(self) -> None:
         """Let it go; what others have of it stays, and so does its name."""
         self.socket.close()
@@ -126,6 +134,22 @@ class _Place:
             if os.path.samestat(os.fstat(self._inode), there):
                 os.unlink(self._name, dir_fd=self._folder)
 
+    def let_in(self, export: Export) -> None:
+        """Whoever may connect holds the export: nobody but our own user, unless told otherwise."""
+        inode = fd_path(self._inode)
+        with contextlib.suppress(OSError):  # with a list of the folder the mode means more people
+            os.removexattr(inode, _ACL)
+        gid = export.socket_gid
+        if gid is not None:
+            try:
+                os.chown(inode, -1, gid)
+            except OSError as error:
+                raise UsageError(
+                    f"--socket-group: this user may not give a socket to {export.socket_group} "
+                    f"({error.strerror}); choose a group of its own, or run ninepd as root"
+                ) from None
+        os.chmod(inode, export.socket_permissions)
+
     def _refuse_occupied(self, path: str) -> None:
         """UsageError unless there is nothing, or a socket that nobody listens on any more."""
         try:
@@ -147,28 +171,12 @@ class _Place:
             self.socket.bind(f"{fd_path(private)}/{_UNNAMED}")
             try:
                 self._inode = _hold(_UNNAMED, private)
-                self._let_in(export)
+                self.let_in(export)
                 self.socket.listen(_BACKLOG)
                 os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self._folder)
             except BaseException:
                 os.unlink(_UNNAMED, dir_fd=private)
                 raise
-
-    def _let_in(self, export: Export) -> None:
-        """Whoever may connect holds the export: nobody but our own user, unless told otherwise."""
-        inode = fd_path(self._inode)
-        with contextlib.suppress(OSError):  # with a list of the folder the mode means more people
-            os.removexattr(inode, _ACL)
-        gid = export.socket_gid
-        if gid is not None:
-            try:
-                os.chown(inode, -1, gid)
-            except OSError as error:
-                raise UsageError(
-                    f"--socket-group: this user may not give a socket to {export.socket_group} "
-                    f"({error.strerror}); choose a group of its own, or run ninepd as root"
-                ) from None
-        os.chmod(inode, export.socket_permissions)
 
 
 def _bound(sock: socket.socket) -> str:

@@ -136,11 +136,19 @@ class Candidate:
 class Offer(Candidate):
     """An export that can be served, with its socket."""
 
-    def __init__(self, export: Export, file_limit: int) -> None:
-        """Hold its directory, and listen; or UsageError."""
+    def __init__(self, export: Export, file_limit: int, before: "Offer | None" = None) -> None:
+        """Hold its directory, and listen; or UsageError.
+
+        ``before``: what takes its place has the same socket; that one has none any more then.
+        """
+        self.listener: Listener
         super().__init__(export, file_limit)
         try:
-            self.listener = Listener(export)
+            if before is not None and before.export.same_socket(export):
+                self.listener = before.listener
+                self.listener.let_in(export)
+            else:
+                self.listener = Listener(export)
         except BaseException:
             self.close_directory()
             raise

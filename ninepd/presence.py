@@ -1,4 +1,4 @@
-"""Whether a process has a front end, told to the supervisor by a byte through a pipe.
+"""Whether a process serves, and has a front end, told to the supervisor by bytes through a pipe.
 
 The supervisor has no loop: SIGIO tells it that something is there (O_ASYNC in fcntl(2)). Each
 export has a pipe of its own, so that its process can say what is wrong about itself only.
@@ -17,9 +17,11 @@ class Presence:
         fcntl.fcntl(self._reading, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self._reading, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
         self._connected = False
+        self.serving = False
+        """Has the process ever said something? Or has it ended, and the next one may, too."""
 
     def tell(self, connected: bool) -> None:
-        """A front end has come, or left. Whether somebody looks or not."""
+        """It serves now; or a front end has come, or left. Whether somebody looks or not."""
         with contextlib.suppress(BlockingIOError):
             os.write(self._writing, bytes([connected]))
 
@@ -28,12 +30,14 @@ class Presence:
         with contextlib.suppress(BlockingIOError):
             # Once: whoever writes all the time shall not be waited for.
             self._connected = bool(os.read(self._reading, 1 << 16)[-1])
+            self.serving = True
         return self._connected
 
     def reset(self) -> None:
         """The process has ended, whatever it has said."""
         self.look()
         self._connected = False
+        self.serving = True
 
     def close(self) -> None:
         """It is about another process than this."""

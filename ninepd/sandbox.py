@@ -189,7 +189,7 @@ def finish(choice: Choice, rooms: Rooms) -> None:
         _filter(watches=False, by_handle=rooms.by_handle)
 
 
-def watch(by_handle: bool, users: bool) -> None:
+def watch(users: bool) -> None:
     """This process will start others, which shut themselves in, and do nothing else any more.
 
     ``users``: by user namespaces, for which they have to write files that are root's if hidden.
@@ -197,7 +197,7 @@ def watch(by_handle: bool, users: bool) -> None:
     if not users:
         with _wall("memory of its own"):
             walls.hide_memory()
-    _filter(watches=True, by_handle=by_handle)
+    _filter(watches=True, by_handle=True)
 
 
 def _filter(watches: bool, by_handle: bool) -> None:

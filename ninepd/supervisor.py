@@ -1,8 +1,9 @@
-"""A process for each export, and one that watches over them.
+"""A process for each export of a file, and one that watches over them.
 
 Several exports in one process would share an interpreter, a descriptor table and a loop: what one
 guest does the others would feel. So the supervisor loads the program, finds out whether all exports
-can be served, and forks. It keeps the sockets open on which they listen, so that a process that is
+can be served, and forks. When it is told to it reads the file again, and does the same for what is
+new in it. It keeps the sockets open on which they listen, so that a process that is
 started again goes on with the same one, but accepts on none and never has a front end's descriptor.
 
 It has one thread, no loop, and sleeps until a signal comes. If it is killed itself the exports are
@@ -12,6 +13,7 @@ group ends them too.
 
 import contextlib
 import gc
+import grp
 import logging
 import math
 import os
@@ -25,17 +27,18 @@ from ninepd.capabilities import (
     CAP_SETPCAP,
     CAP_SYS_ADMIN,
     CAP_SYS_CHROOT,
-    REACHING,
     give_up,
+    needed,
     privileged,
 )
-from ninepd.config import Config, Sandbox
+from ninepd.config import Config, Export
 from ninepd.errors import UsageError
 from ninepd.listener import check_descriptor
 from ninepd.logs import Format, Level, concerning, start_logging
 from ninepd.offer import Offer
 from ninepd.presence import Presence
 from ninepd.process import close_inherited, name_process, raise_file_limit
+from ninepd.reload import Plan, Read, compare, sockets
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,10 @@ class _Worker:
         """When it is to be started, if it does not run."""
         self.started = 0.0
         self.presence = Presence()
+        self.leaves = False
+        """Was its process told to retire?"""
+        self.withdrawn = False
+        """Is the export to be served no more?"""
         self._deaths = 0
 
     def put_off(self) -> float:
@@ -73,12 +80,30 @@ class _Worker:
         self.due = now + seconds
         return seconds
 
+    def leave(self) -> None:
+        """Its process, if there is one, serves its guest as long as that stays, and nobody else."""
+        self._deaths = 0
+        self.due = None if self.pid or self.withdrawn else 0.0
+        if self.pid and not self.leaves:
+            self.leaves = True
+            os.kill(self.pid, daemon.RETIRE)
+        if self.pid and self.presence.look():
+            log.warning(
+                "reload: %s: its guest is connected, and keeps this export as it is until it "
+                "disconnects",
+                self.tag,
+            )
+
 
 class _Supervisor:
-    def __init__(self, offers: list[Offer], once: bool) -> None:
+    def __init__(self, config: Config, read: Read, offers: list[Offer], file_limit: int) -> None:
         self._workers = [_Worker(offer) for offer in offers]
-        self._once = once
+        self._config = config
+        self._read = read
+        self._file_limit = file_limit
         self._status = 0
+        self._owes_ready = True
+        """Does the service manager wait until all processes serve?"""
         self._told = ""
         """What the service manager knows of us."""
         self._alive_seconds = systemd.watchdog_seconds()
@@ -95,7 +120,6 @@ class _Supervisor:
         gc.freeze()
         self._shut_in()
         self._start_due()
-        systemd.notify("READY=1", wait=True)
         while self._running or self._next_due is not None:
             self._tell_manager()
             number = self._wait()
@@ -104,7 +128,7 @@ class _Supervisor:
                 self._stop()
                 return 0
             if number == signal.SIGHUP:
-                self._signal(signal.SIGHUP)
+                self._reload()
             for worker, status in self._reap():
                 with concerning(worker.tag):
                     self._follow_up(worker, status)
@@ -114,25 +138,97 @@ class _Supervisor:
     def _shut_in(self) -> None:
         """As far as those can be who still have to shut themselves in."""
         offers = [worker.offer for worker in self._workers]
-        keep = REACHING.union({CAP_SETPCAP}, *(offer.capabilities for offer in offers))
-        if any(offer.sandbox.mode is Sandbox.NAMESPACE for offer in offers):
-            keep |= {CAP_SYS_ADMIN, CAP_SYS_CHROOT}  # the latter from within a chroot(2)
+        # What any export may take, for those that are added later; and what it takes to shut one
+        # in, the last one from within a chroot(2).
+        keep = needed(as_others=True, by_handle=True, trusted_xattrs=True)
+        keep |= {CAP_SETPCAP, CAP_SYS_ADMIN, CAP_SYS_CHROOT}
         systemd.connect()
+        with contextlib.suppress(KeyError):
+            grp.getgrnam("")  # no library that this takes can be loaded any more
         give_up(keep)
         if all(offer.sandbox.filtered for offer in offers):
-            sandbox.watch(
-                by_handle=any(offer.by_handle for offer in offers),
-                users=any(offer.sandbox.users for offer in offers),
-            )
+            sandbox.watch(users=any(offer.sandbox.users for offer in offers))
+
+    # The file, again
+
+    def _reload(self) -> None:
+        usec = time.monotonic_ns() // 1000
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={usec}", wait=True)
+        served = {w.tag: w.offer.export for w in self._workers if not w.withdrawn}
+        try:
+            wanted = self._read(sockets(served.values()))
+        except UsageError as error:
+            log.error("reload: nothing was changed: %s", error)  # noqa: TRY400 - a sentence
+        else:
+            self._follow(compare(self._config, served, wanted), wanted)
+        self._owes_ready = True
+
+    def _follow(self, plan: Plan, wanted: Config) -> None:
+        """As far as guests notice nothing of it."""
+        for option in plan.settings:
+            log.warning("reload: --%s is changed by a restart only", option)
+        workers = {worker.tag: worker for worker in self._workers}
+        for tag in plan.removed:
+            with concerning(tag), _reported():
+                self._remove(workers[tag])
+        for number, export in plan.changed:
+            with concerning(export.tag), _reported(), _placed(wanted, number):
+                self._change(workers[export.tag], export)
+        for number, export in plan.added:
+            with concerning(export.tag), _reported(), _placed(wanted, number):
+                self._add(workers.get(export.tag), export)
+
+    def _remove(self, worker: _Worker) -> None:
+        log.info("%s: served no more", worker.tag)
+        worker.offer.withdraw()
+        worker.withdrawn = True
+        worker.leave()
+        if not worker.pid:
+            self._forget(worker)
+
+    def _change(self, worker: _Worker, export: Export) -> None:
+        before = worker.offer
+        worker.offer = self._offer(export, before)
+        if worker.offer.listener is before.listener:
+            before.close_directory()
+        else:
+            before.withdraw()
+        worker.leave()
+
+    def _add(self, worker: _Worker | None, export: Export) -> None:
+        """``worker`` has served an export of this tag, and ends."""
+        offer = self._offer(export)
+        if worker is None:
+            self._workers.append(_Worker(offer))
+        else:
+            worker.offer, worker.withdrawn = offer, False
+
+    def _offer(self, export: Export, before: Offer | None = None) -> Offer:
+        if export.fd is not None and (before is None or before.export.fd != export.fd):
+            raise UsageError("--fd: a descriptor can be handed over at the start only; restart")
+        offer = Offer(export, self._file_limit, before)
+        _announce(offer)
+        return offer
+
+    def _forget(self, worker: _Worker) -> None:
+        worker.presence.close()
+        self._workers.remove(worker)
 
     def _tell_manager(self) -> None:
-        """That we are alive, if it is time; and how many have a front end, if that has changed."""
+        """That we are alive, if it is time; and what has changed."""
         now = time.monotonic()
         if now >= self._alive_at:
             self._alive_at = now + self._alive_seconds
             systemd.notify("WATCHDOG=1")
         front_ends = sum(worker.presence.look() for worker in self._workers)
-        status = systemd.status(f"{len(self._workers)} exports", front_ends)
+        if self._owes_ready:
+            if not all(worker.presence.serving for worker in self._workers):
+                return
+            self._owes_ready = False
+            systemd.notify("READY=1", wait=True)
+        served = [str(worker.offer) for worker in self._workers if not worker.withdrawn]
+        what = served[0] if len(served) == 1 else f"{len(served)} exports"
+        status = systemd.status(what, front_ends)
         if status != self._told:
             self._told = status
             systemd.notify(status)
@@ -188,7 +284,7 @@ class _Supervisor:
                 if other is not worker:
                     other.offer.close()
                     other.presence.close()
-            daemon.serve(worker.offer, self._once, worker.presence.tell)
+            daemon.serve(worker.offer, self._config.once, worker.presence.tell)
             status = 0
         except UsageError as error:
             log.error("%s: %s", worker.tag, error)  # noqa: TRY400 - a sentence
@@ -208,8 +304,17 @@ class _Supervisor:
                 yield worker, os.waitstatus_to_exitcode(status)
 
     def _follow_up(self, worker: _Worker, status: int) -> None:
-        """A process has ended, and was not told to."""
-        if not worker.offer.listener.listening or (self._once and not status):
+        """A process has ended."""
+        if worker.leaves:
+            worker.leaves = False
+            if status:
+                log.error("%s: its process %s", worker.tag, _described(status))
+            if worker.withdrawn:
+                self._forget(worker)
+            else:
+                worker.due = 0.0
+            return
+        if not worker.offer.listener.listening or (self._config.once and not status):
             worker.offer.withdraw()
             if status:
                 log.error("%s: its process %s", worker.tag, _described(status))
@@ -250,8 +355,11 @@ def _described(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-def serve(config: Config) -> int:
-    """Serve all exports until told to stop; returns the exit status. UsageError: none is served."""
+def serve(config: Config, read: Read | None) -> int:
+    """Serve all exports until told to stop; returns the exit status. UsageError: none is served.
+
+    ``read``: reads the file again that they are from, if there is one; else there is one export.
+    """
     for number, export in enumerate(config.exports, 1):
         if export.fd is not None:
             with _placed(config, number):
@@ -266,10 +374,9 @@ def serve(config: Config) -> int:
                 offers.append(Offer(export, file_limit))
         for offer in offers:
             with concerning(offer.export.tag):
-                log.info("serving %s", offer)
-                _warn(offer)
-        if len(offers) > 1:
-            return _Supervisor(offers, config.once).run()
+                _announce(offer)
+        if read is not None:
+            return _Supervisor(config, read, offers, file_limit).run()
         daemon.serve(offers[0], config.once)
         return 0
     finally:
@@ -286,7 +393,19 @@ def _placed(config: Config, number: int) -> Iterator[None]:
         raise config.placed(number, error) from None
 
 
-def _warn(offer: Offer) -> None:
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """What cannot be done of a reload is said, and changes nothing for others."""
+    try:
+        yield
+    except UsageError as error:
+        log.warning("reload: %s", error)
+    except Exception:
+        log.exception("reload: a bug left this export as it was")
+
+
+def _announce(offer: Offer) -> None:
+    log.info("serving %s", offer)
     if offer.model == "passthrough" and not privileged():
         log.warning(
             "%s: without root, guests can neither create files as a user other than %d nor give "

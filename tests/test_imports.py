@@ -24,7 +24,7 @@ LAYERS: Final = (
     {"checking", "supervisor"},
     {"daemon"},
     {"offer"},
-    {"configfile", "connection", "exposure", "listener", "sandbox", "systemd"},
+    {"configfile", "connection", "exposure", "listener", "reload", "sandbox", "systemd"},
     {"control", "device", "frontend", "remover"},
     {"throttled"},
     {"pipeline"},

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -91,8 +92,8 @@ def test_life_of_one_export(
 ) -> None:
     command, (path,), described = single
     process = start(command)
-    ready, status = manager.read()
-    assert ready == "READY=1"
+    assert manager.read() == ["READY=1"]
+    (status,) = manager.read()
     assert status.startswith(f"STATUS=Serving {described}")
     assert status.endswith(": 0 front ends connected")
     with Client(path):
@@ -119,6 +120,20 @@ def test_life_of_several(
     process.terminate()
     assert manager.read() == ["STOPPING=1"]
     assert process.wait(10) == 0
+
+
+def test_reload(manager: Manager, start: Start, several: tuple[list[str], list[str], str]) -> None:
+    """The manager waits for the second message."""
+    command, _, _ = several
+    process = start(command)
+    manager.wait_for("READY=1")
+    manager.read()
+    before = time.monotonic_ns() // 1000
+    process.send_signal(signal.SIGHUP)
+    first, second = manager.read()
+    assert first == "RELOADING=1"
+    assert before <= int(second.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+    assert manager.read() == ["READY=1"]
 
 
 @pytest.mark.parametrize("which", ["single", "several"])
@@ -190,4 +205,5 @@ def test_activated_export_is_described_by_its_path(
 ) -> None:
     path = f"{tmp_path}/s"
     start([*activating(f"={path}"), *PROGRAM, "--export", str(export), "--tag", "a"])
-    assert manager.read()[1].startswith(f"STATUS=Serving {export} as a at {path} (")
+    manager.wait_for("READY=1")
+    assert manager.read()[0].startswith(f"STATUS=Serving {export} as a at {path} (")

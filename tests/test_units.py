@@ -167,6 +167,32 @@ def test_socket_of_its_own(systemd: Systemd) -> None:
     assert not systemd.path("/run/ninepd/own.sock").exists()
 
 
+def test_reload(systemd: Systemd) -> None:
+    """An export more, by a socket of its own; the others notice nothing."""
+    configure(systemd, "again", "again")
+    config = systemd.path("/etc/ninepd/again.toml")
+    systemd.control("start", "ninepd@again.socket")
+    with Client(str(systemd.path("/run/ninepd/again.sock"))) as client:
+        client.attach()
+        before = config.read_text()
+        configure(systemd, "again", "more")
+        more = config.read_text() + 'socket-path = "/run/ninepd/more.sock"\n'
+        config.write_text(before + more)
+        systemd.control("reload", "ninepd@again.service")
+        eventually(systemd.path("/run/ninepd/more.sock").exists, "the other socket")
+        assert names(systemd, "/run/ninepd/more.sock") == {b"more"}
+        assert client.names(ROOT) == {b"again"}
+        config.write_text(before)
+        systemd.control("reload", "ninepd@again.service")
+        eventually(lambda: not systemd.path("/run/ninepd/more.sock").exists(), "it goes")
+        assert client.names(ROOT) == {b"again"}
+    eventually(
+        lambda: systemd.show("ninepd@again.service", "ActiveState") == "active", "it has reloaded"
+    )
+    systemd.control("stop", "ninepd@again.socket", "ninepd@again.service")
+    assert systemd.show("ninepd@again.service", "Result") == "success"
+
+
 def test_several_exports(systemd: Systemd) -> None:
     """As the comment in ninepd@.socket has it."""
     configure(systemd, "pair", "left", "right")

@@ -7,6 +7,7 @@ the daemon's own path, from the kick eventfd to the used ring.
 import errno
 import os
 import select
+import signal
 import socket as socketlib
 import subprocess
 import sys
@@ -81,10 +82,14 @@ class Readiness:
         """Does the process say that it is ready, before it ends?"""
         end = os.pidfd_open(pid)
         try:
-            ready, _, _ = select.select([self._socket.fileno(), end], [], [], timeout)
+            while True:
+                ready, _, _ = select.select([self._socket.fileno(), end], [], [], timeout)
+                if self._socket.fileno() not in ready:
+                    return False
+                if self._socket.recv(4096).startswith(b"READY=1"):
+                    return True
         finally:
             os.close(end)
-        return self._socket.fileno() in ready and self._socket.recv(4096).startswith(b"READY=1")
 
 
 class Daemon:
@@ -137,6 +142,11 @@ class Daemon:
         count = self.descriptors()
         front_end.close()
         return count
+
+    def reload(self) -> None:
+        """Have it read its file again; returns when it has done what can be done."""
+        self.process.send_signal(signal.SIGHUP)
+        assert self._readiness.wait(self.pid)
 
     def stop(self) -> int:
         """End it as a service manager does; returns the exit status and keeps the log."""
