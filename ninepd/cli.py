@@ -5,13 +5,13 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final, NoReturn
 
 import click
 
-from ninepd import __version__, checking, config, configfile, qemu, supervisor
+from ninepd import __version__, checking, config, configfile, doctor, qemu, supervisor
 from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.errors import UsageError
 from ninepd.limits import Limits
@@ -19,6 +19,7 @@ from ninepd.logs import Format, Level, start_logging
 from ninepd.process import open_standard_descriptors, write_error
 
 USAGE_ERROR: Final = 2
+CANNOT_SERVE: Final = 1
 CAPABILITIES: Final = {"type": "9p", "features": []}
 """QEMU's docs/interop/vhost-user.json, VhostUserBackendCapabilities."""
 
@@ -278,21 +279,33 @@ def _configuration(
     activated: Sequence[Activated],
 ) -> config.Config:
     """One export by its options; or a file, and options of the daemon go before what that says."""
-    given = {
-        name: value
-        for name, value in (single | daemon).items()
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    }
     if path is not None:
-        for name in given:
-            if name in single:
-                option = name.replace("_", "-")
-                raise UsageError(f"--config: give --{option} in the file, or no --config")
-        return replace(configfile.load(path, activated), **given)
+        _refuse_beside_file(_given(context, single))
+        return replace(configfile.load(path, activated), **_given(context, daemon))
+    return config.Config((_single_export(single, activated),), **daemon)
+
+
+def _given(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Those that are no defaults."""
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: value
+        for name, value in values.items()
+        if context.get_parameter_source(name) is not default
+    }
+
+
+def _refuse_beside_file(given: Iterable[str]) -> None:
+    for name in given:
+        option = name.replace("_", "-")
+        raise UsageError(f"--config: give --{option} in the file, or no --config")
+
+
+def _single_export(single: dict[str, Any], activated: Sequence[Activated] | None) -> config.Export:
     for option in ("export", "tag"):
         if single[option] is None:
             raise UsageError(f"--{option} is missing")
-    return config.Config((config.make_export(single, activated, alone=True),), **daemon)
+    return config.make_export(single, activated, alone=True)
 
 
 @cli.command(context_settings={"auto_envvar_prefix": "NINEPD"})
@@ -370,6 +383,61 @@ def check_config(file: str) -> int:
     for line in served:
         click.echo(f"  {line}")
     return 0
+
+
+@cli.command("doctor", context_settings={"auto_envvar_prefix": "NINEPD"})
+@_export_options
+@click.option(
+    "--config",
+    "config_path",
+    envvar="NINEPD_CONFIG",
+    metavar="FILE",
+    help="Look at the exports of a TOML file.",
+)
+@click.option(
+    "--qemu",
+    "qemu_program",
+    metavar="PROGRAM",
+    help="The QEMU to be used; else that of this processor in PATH.",
+)
+@click.option(
+    "--qemu-user",
+    metavar="USER",
+    help="The user whom QEMU runs as; else that of libvirt, if there is one.",
+)
+@click.pass_context
+def diagnose(
+    context: click.Context,
+    /,
+    config_path: str | None,
+    qemu_program: str | None,
+    qemu_user: str | None,
+    **single: Any,
+) -> int:
+    """Try what serving takes, on this host and as this user.
+
+    Each line is a finding, what follows from it, and what helps. With the options of an export, or
+    a file, that is looked at, too. Nothing is served. The exit status is 1 if something forbids it.
+    """
+    start_logging(Level.ERROR, Format.TEXT)
+    given = _given(context, single)
+    exports: tuple[config.Export, ...] = ()
+    problems: list[str] = []
+    if config_path is not None:
+        _refuse_beside_file(given)
+        file = configfile.ConfigFile(config_path, activated=None)
+        exports, problems = tuple(file.exports.values()), file.problems
+    elif given:
+        try:
+            exports = (_single_export(single, None),)
+        except UsageError as error:
+            problems = [str(error)]
+    status = 0
+    for finding in doctor.examine(exports, problems, qemu_program, qemu_user):
+        click.echo(str(finding))
+        if finding.level is doctor.Level.ERROR:
+            status = CANNOT_SERVE
+    return status
 
 
 @cli.command("qemu-args", context_settings={"auto_envvar_prefix": "NINEPD"})

@@ -8,6 +8,10 @@ from typing import Final
 from ninepd.config import check_socket_path, check_tag
 from ninepd.errors import UsageError
 
+OLDEST: Final = (10, 2)
+"""The version in which users may create the generic device."""
+DEVICE: Final = "vhost-user-test-device"
+"""Its name on virtio-mmio; on PCI it ends in -pci."""
 QUEUE_SIZE: Final = 128
 """Descriptors in the ring: what the Linux driver uses for one request (trans_virtio.c)."""
 _BUS_SUFFIX: Final = {"q35": "-pci", "pc": "-pci", "virt": "-pci", "microvm": ""}
@@ -47,7 +51,7 @@ def device_arguments(socket_path: str, tag: str, index: int = 0, machine: str = 
     check_tag(tag)
     check_socket_path(socket_path)
     bus_suffix = _BUS_SUFFIX[_machine_type(machine)]
-    device = "vhost-user-test-device" + bus_suffix
+    device = DEVICE + bus_suffix
     chardev = f"socket,id=ninepd{index},path={_escape(socket_path)}"
     device += f",chardev=ninepd{index},virtio-id=9,num_vqs=1,vq_size={QUEUE_SIZE}"
     device += f",config_size={2 + len(os.fsencode(tag))}"

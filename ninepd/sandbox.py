@@ -27,7 +27,7 @@ from ninepd.walls import Access, Attributes, Unshare
 
 log = logging.getLogger(__name__)
 
-_LEAST_LANDLOCK: Final = 2
+LEAST_LANDLOCK: Final = 2
 """The first version in which a file can be renamed into another directory."""
 _ERRATUM_DISCONNECTED: Final = 1 << 2
 """Mended: what is below a directory that was opened by handle is refused (landlock errata, 3)."""
@@ -124,7 +124,7 @@ def _choices(wanted: Sandbox, landlock: bool, users: bool) -> Iterator[tuple[str
 
 
 def _landlock_trouble(by_handle: bool) -> str:
-    if walls.landlock_version() < _LEAST_LANDLOCK:
+    if walls.landlock_version() < LEAST_LANDLOCK:
         return "this kernel has none that lets files be renamed into other directories"
     if by_handle and not walls.landlock_errata() & _ERRATUM_DISCONNECTED:
         return "in this kernel it refuses what is opened by handle (--reclaim names goes with it)"

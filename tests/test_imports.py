@@ -20,6 +20,7 @@ PACKAGE: Final = TESTS.parent / "ninepd"
 LAYERS: Final = (
     {"__main__"},
     {"cli"},
+    {"doctor"},
     {"qemu"},
     {"checking", "supervisor"},
     {"daemon"},

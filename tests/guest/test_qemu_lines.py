@@ -1,5 +1,6 @@
 """The QEMU files and arguments that we give out boot as they are."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from ninepd_guests.boot import boot_qemu
 from ninepd_guests.machine import Guest
+from ninepd_guests.tools import qemu, qemu_command
 from tests.conftest import StartDaemon
 
 CONFIGS = sorted((Path(__file__).parents[2] / "qemu-configs").glob("*.cfg"))
@@ -98,3 +100,18 @@ def test_printed_arguments_for_a_configuration(tmp_path: Path, start_daemon: Sta
     with boot("q35", NOTHING, *arguments) as guest:
         for tag in ("first", "the-second-one"):
             read_and_write(guest, tag, tmp_path / tag)
+
+
+def test_doctor_finds_this_qemu_good(tmp_path: Path) -> None:
+    program = tmp_path / "qemu"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(qemu_command())} "$@"\n')
+    program.chmod(0o755)
+    printed = subprocess.run(
+        [sys.executable, "-m", "ninepd", "doctor", "--qemu", str(program)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | qemu().env,
+    )
+    (line,) = [line for line in printed.stdout.splitlines() if str(program) in line]
+    assert line.startswith("ok ")
+    assert "vhost-user-test-device-pci" in line
