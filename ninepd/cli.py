@@ -157,10 +157,10 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Serve front ends of this user only; may be repeated.",
         ),
         click.option("--export", metavar="DIR", help="The directory to serve."),
-        click.option("--tag", help="The name that the guest mounts it by."),
+        click.option("--tag", metavar="TAG", help="The name that the guest mounts it by."),
         click.option(
             "--security-model",
-            metavar="MODEL",
+            metavar="|".join(config.MODELS),
             default=config.AUTO,
             show_default=True,
             help="passthrough: owners and modes are real (needs root). mapped-xattr: they are kept "
@@ -199,13 +199,13 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--readonly", is_flag=True, help="Let the guest change nothing."),
         click.option(
             "--writeout",
-            metavar="WHEN",
+            metavar="|".join(config.Writeout),
             help="immediate: the disk begins with what guests write at once, so that few dirty "
             "pages gather in the host's cache; by default the host's kernel chooses when.",
         ),
         click.option(
             "--multidevs",
-            metavar="MODE",
+            metavar="|".join(config.Multidevs),
             default="remap",
             show_default=True,
             help="Other devices mounted below DIR: remap inode numbers so that they stay unique, "
@@ -213,7 +213,7 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--reclaim",
-            metavar="HOW",
+            metavar="|".join(config.Reclaim),
             default="auto",
             show_default=True,
             help="When descriptors run short, find files again by handles (needs "
@@ -222,7 +222,7 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--sandbox",
-            metavar="MODE",
+            metavar="|".join(config.Sandbox),
             default="auto",
             show_default=True,
             help="Shut the daemon in. namespace: DIR is all that it can reach (as root, or by a "
@@ -231,7 +231,7 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--host-mounts",
-            metavar="MODE",
+            metavar="|".join(config.HostMounts),
             default="follow",
             show_default=True,
             help="What the host mounts below DIR later: follow shows it to guests, ignore does not "
@@ -320,7 +320,7 @@ def _single_export(single: dict[str, Any], activated: Sequence[Activated] | None
 @click.option("--once", is_flag=True, help="Exit when the first front end has left.")
 @click.option(
     "--log-level",
-    metavar="LEVEL",
+    metavar="|".join(Level),
     default=Level.WARNING.value,
     show_default=True,
     help="error and warning: what needs attention. info: what is served where, and who comes and "
@@ -330,7 +330,7 @@ def _single_export(single: dict[str, Any], activated: Sequence[Activated] | None
 @click.option("--trace", is_flag=True, help="Short for --log-level debug.")
 @click.option(
     "--log-format",
-    metavar="FORMAT",
+    metavar="|".join(Format),
     default=Format.TEXT.value,
     show_default=True,
     help="text: lines on standard error. json: an object on each. journal: systemd's journal, with "
@@ -442,7 +442,7 @@ def diagnose(
 
 @cli.command("qemu-args", context_settings={"auto_envvar_prefix": "NINEPD"})
 @click.option("--socket-path", metavar="PATH", help="The socket that ninepd listens on.")
-@click.option("--tag", help="The tag that ninepd was given.")
+@click.option("--tag", metavar="TAG", help="The tag that ninepd was given.")
 @click.option(
     "--config",
     "config_path",
@@ -450,9 +450,12 @@ def diagnose(
     metavar="FILE",
     help="For the exports of a TOML file.",
 )
-@click.option("--memory", default="1G", show_default=True, help="Size of the guest's memory.")
+@click.option(
+    "--memory", metavar="SIZE", default="1G", show_default=True, help="Size of the guest's memory."
+)
 @click.option(
     "--machine",
+    metavar="TYPE",
     default="q35",
     show_default=True,
     help="QEMU machine type: q35, pc, virt or microvm.",

@@ -2,18 +2,23 @@
 
 import configparser
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
-import click
 import pytest
 
 from bench.mount_options import TABLES
-from ninepd import __version__
 from ninepd.cli import cli, serve
+from ninepd.config import Config, Export
 
 ROOT = Path(__file__).parent.parent
+PAGES_OF_MANUAL = sorted((ROOT / "contrib/man").glob("*.[0-9]"))
 MANUAL = (ROOT / "contrib/man/ninepd.1").read_text().replace("\\-", "-")
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([ROOT / "README.md", ROOT / "bench/README.md", *ROOT.glob("docs/*.md")])
@@ -22,12 +27,31 @@ OPTIONS = {
 }
 
 
+def test_manual_pages_are_those_of_the_options(tmp_path: Path) -> None:
+    """``python contrib/man/build.py`` makes them anew."""
+    script = str(ROOT / "contrib/man/build.py")
+    subprocess.run([sys.executable, script, str(tmp_path)], check=True)
+    assert {page.name for page in PAGES_OF_MANUAL} == set(os.listdir(tmp_path))
+    for page in PAGES_OF_MANUAL:
+        assert page.read_text() == (tmp_path / page.name).read_text(), page.name
+
+
+@pytest.mark.parametrize("page", PAGES_OF_MANUAL, ids=lambda page: page.name)
+def test_manual_page_is_well_formed(page: Path) -> None:
+    if not shutil.which("groff"):
+        pytest.skip("needs groff")
+    command = ["groff", "-man", "-Tutf8", "-ww", "-z", str(page)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize("option", sorted(OPTIONS - {"--help"}))
 def test_the_manual_explains_every_option(option: str) -> None:
-    assert re.search(rf"^\.(BI|B|BR) .*{option}\b", MANUAL, re.MULTILINE)
+    assert re.search(rf"^\.B (-\w, )?{option}\b", MANUAL, re.MULTILINE)
 
 
-def test_the_manual_names_no_other_option() -> None:
+@pytest.mark.parametrize("page", PAGES_OF_MANUAL, ids=lambda page: page.name)
+def test_the_manual_names_no_other_option(page: Path) -> None:
     known = {
         option
         for command in [cli, *cli.commands.values()]
@@ -35,19 +59,15 @@ def test_the_manual_names_no_other_option() -> None:
         for option in parameter.opts
     }
     known |= {"--help"}
-    assert set(re.findall(r"--[a-z][a-z-]+", MANUAL)) <= known
+    assert set(re.findall(r"--[a-z][a-z-]+", page.read_text().replace("\\-", "-"))) <= known
 
 
-def test_the_manual_and_the_package_agree_on_the_version() -> None:
-    assert f"ninepd {__version__}" in MANUAL.splitlines()[0]
-
-
-def test_defaults_in_the_manual() -> None:
-    for parameter in serve.params:
-        default = parameter.default
-        is_value = isinstance(parameter, click.Option) and not parameter.is_flag
-        if is_value and isinstance(default, int):
-            assert str(default) in MANUAL
+def test_the_manual_has_every_key_of_the_configuration_file() -> None:
+    text = (ROOT / "contrib/man/ninepd.toml.5").read_text().replace("\\-", "-")
+    keys = {field.name for field in (*fields(Export), *fields(Config))} - {"exports", "placed"}
+    assert set(re.findall(r"^\.B ([a-z-]+) \\fR= ", text, re.MULTILINE)) == {
+        key.replace("_", "-") for key in keys
+    }
 
 
 @pytest.mark.parametrize("command", ["ninepd serve", "ninepd qemu-args"])

@@ -42,6 +42,8 @@ def test_wheel(source: Path, tmp_path: Path, export: Path) -> None:
     bare = {**os.environ, "PATH": str(tmp_path / "no programs"), "CC": "no-compiler"}
     pip = [str(place / "bin/pip"), "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, "--only-binary=:all:", str(wheel)], check=True, timeout=600, env=bare)
+    for page in ("man1/ninepd.1", "man1/vhost-user-9p.1", "man5/ninepd.toml.5"):
+        assert (place / "share/man" / page).exists()
     version = subprocess.check_output([place / "bin/ninepd", "--version"], text=True)
     assert version.startswith("ninepd, version ")
     demo = subprocess.run(
