@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 PAGES_OF_MANUAL = sorted((ROOT / "contrib/man").glob("*.[0-9]"))
 MANUAL = (ROOT / "contrib/man/ninepd.1").read_text().replace("\\-", "-")
 README = (ROOT / "README.md").read_text()
-PAGES = sorted([ROOT / "README.md", ROOT / "bench/README.md", *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "bench/README.md", *ROOT.glob("docs/*.md")])
+COMMAND = re.compile(rf"ninepd ({'|'.join(cli.commands)})((?: +--?[a-z-]+| +[^\s`)]+)*)")
 OPTIONS = {
     option for parameter in serve.params for option in parameter.opts if option.startswith("--")
 }
@@ -70,16 +71,28 @@ def test_the_manual_has_every_key_of_the_configuration_file() -> None:
     }
 
 
-@pytest.mark.parametrize("command", ["ninepd serve", "ninepd qemu-args"])
-def test_commands_in_the_readme_are_accepted(command: str) -> None:
-    """Every line of the README that runs the command has options that exist."""
-    lines = re.findall(rf"{command}((?: +--?[a-z-]+| +[^\s`)]+)*)", README)
-    assert lines
-    name = command.split()[1]
-    known = {option for parameter in cli.commands[name].params for option in parameter.opts}
-    for line in lines:
-        words = {word for word in shlex.split(line) if word.startswith("--")}
-        assert words <= known | {"--help"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_accepted(page: Path) -> None:
+    """Every line that runs one has options that exist."""
+    for command, rest in COMMAND.findall(page.read_text()):
+        known = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        words = {word for word in rest.split() if word.startswith("--")}
+        assert words <= known | {"--help"}, command
+
+
+def test_commands_are_found() -> None:
+    found = {command for command, _ in COMMAND.findall(README)}
+    assert found >= {"serve", "qemu-args", "doctor"}
+
+
+def test_symptoms_are_what_ninepd_says() -> None:
+    sources = [path.read_text() for path in (ROOT / "ninepd").rglob("*.py")]
+    said = re.sub(r'"\s+f?"', "", "".join(sources))  # strings of several lines
+    quoted = re.findall(r"ninepd: `([^`]+)`", README)
+    assert quoted
+    for message in quoted:
+        for part in re.split(r" ?\.\.\. ?| N ", message):
+            assert part in said, message
 
 
 def anchors(page: Path) -> set[str]:

@@ -3,8 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+
+PICTURE = Path(__file__).parents[2] / "docs/demo.svg"
 
 
 def demo(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -25,6 +28,18 @@ def test_tour(options: list[str]) -> None:
     assert result.stdout.rstrip().endswith("All of it held.")
     assert result.stdout.count("   ok: ") >= 7, result.stdout
     assert result.stderr == ""
+    assert actions(result.stdout.splitlines()) == actions(lines_of_the_picture())
+
+
+def actions(lines: list[str]) -> list[str]:
+    """What is done and found; what a listing says of times and sizes is another each time."""
+    return [line for line in lines if line.split()[:1] in (["guest#"], ["host#"], ["ok:"])]
+
+
+def lines_of_the_picture() -> list[str]:
+    """``python contrib/demo_picture.py`` draws it anew."""
+    texts = ElementTree.parse(PICTURE).iter("{http://www.w3.org/2000/svg}text")
+    return [text.text or "" for text in texts]
 
 
 def test_command(tmp_path: Path) -> None:
