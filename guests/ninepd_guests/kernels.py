@@ -23,21 +23,23 @@ class Kernel:
     """Paths of .ko files, each after those that it needs."""
 
 
-def kernel(series: str) -> Kernel:
+def kernel(series: str, architecture: str = "amd64") -> Kernel:
     """The newest Debian kernel of a series such as "7.2", or of the next one that is there."""
     if not re.fullmatch(r"\d+\.\d+", series):
         raise GuestError(f"{series} is no kernel series: give one such as {SERIES[-1]}")
+    name = series if architecture == "amd64" else f"{series}-{architecture}"
     path = artefact(
-        f"kernel-{series}",
-        f"fetching Debian's kernel {series}",
-        lambda result, folder: _make(series, result, folder),
+        f"kernel-{name}",
+        f"fetching Debian's kernel {name}",
+        lambda result, folder: _make(series, architecture, result, folder),
     )
     return Kernel(os.path.join(path, "vmlinuz"), tuple(sorted(glob.glob(f"{path}/modules/*"))))
 
 
-def _make(series: str, result: str, folder: str) -> None:
-    archive = Archive(RELEASE.get(series, "trixie"))
-    names = archive.series(series, r"linux-image-(\d+\.\d+)\.[0-9.]+(?:[+-]\w+)?-amd64")
+def _make(series: str, architecture: str, result: str, folder: str) -> None:
+    archive = Archive(RELEASE.get(series, "trixie"), architecture)
+    pattern = rf"linux-image-(\d+\.\d+)\.[0-9.]+(?:[+-]\w+)?-{architecture}"
+    names = archive.series(series, pattern)
     # Newer kernels are split in a binary and a modules package.
     parts = [d for d in archive.depends(names[-1]) if re.match("linux-(binary|modules)-", d)]
     tree = os.path.join(folder, "tree")

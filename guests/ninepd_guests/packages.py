@@ -75,16 +75,18 @@ def mirror() -> str:
 
 
 class Archive:
-    """One Debian release with its updates and backports."""
+    """One Debian release with its updates and backports, for guests of one architecture."""
 
-    def __init__(self, release: str = "trixie") -> None:
+    def __init__(self, release: str = "trixie", architecture: str = "amd64") -> None:
         if platform.machine() != "x86_64":
             raise GuestError("guests are for x86_64 hosts only: run this on one")
         if not os.path.exists(KEYRING):
             raise GuestError(f"{KEYRING} is missing: install the package debian-archive-keyring")
         self.suites = SUITES[release]
-        self.root = os.path.join(cache_dir(), f"apt-{release}")
-        self.lock = f"apt-{release}"
+        self.architecture = architecture
+        name = f"apt-{release}" + ("" if architecture == "amd64" else f"-{architecture}")
+        self.root = os.path.join(cache_dir(), name)
+        self.lock = name
         self.config = os.path.join(self.root, "apt.conf")
         with locked(self.lock):
             self._prepare()
@@ -113,11 +115,12 @@ class Archive:
             "Dir::Etc::sourcelist": f"{self.root}/sources.list",
             # apt drops from root to a user who could not write here, and locks the host's dpkg.
             "APT::Sandbox::User": "root", "Debug::NoLocking": "true",
-            "APT::Architecture": "amd64", "APT::Install-Recommends": "false",
+            "APT::Architecture": self.architecture, "APT::Install-Recommends": "false",
             "Acquire::Check-Valid-Until": "false", "Acquire::Retries": "3",
         }  # fmt: skip
         ours = [f'{name} "{value}";' for name, value in paths.items()]
-        self._write("apt.conf", "\n".join([*host, *ours, 'APT::Architectures { "amd64"; };', ""]))
+        ours.append(f'APT::Architectures {{ "{self.architecture}"; }};')
+        self._write("apt.conf", "\n".join([*host, *ours, ""]))
         stamp = os.path.join(self.root, "updated")
         if not os.path.exists(stamp) or time.time() - os.stat(stamp).st_mtime > FRESH:
             self._run("apt-get", "update", "-q", "--error-on=any")

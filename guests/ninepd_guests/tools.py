@@ -38,11 +38,23 @@ def qemu() -> Qemu:
         new = version and (int(version[1]), int(version[2])) >= OLDEST_QEMU
         if new and QEMU_DEVICE in command([path, "-device", "help"]):
             return Qemu((path,))
-    tree = artefact("qemu", "fetching Debian's QEMU", _make_qemu)
+    tree = artefact("qemu", "fetching Debian's QEMU", functools.partial(_make_qemu, "x86"))
+    return _debians(tree, "qemu-system-x86_64")
+
+
+@functools.cache
+def qemu_aarch64() -> Qemu:
+    """Debian's newest, for guests of that processor."""
+    what = "fetching Debian's QEMU for aarch64"
+    tree = artefact("qemu-aarch64", what, functools.partial(_make_qemu, "arm"))
+    return _debians(tree, "qemu-system-aarch64")
+
+
+def _debians(tree: str, program: str) -> Qemu:
     lib = f"{tree}/usr/lib/x86_64-linux-gnu"
     return Qemu(
         (f"{tree}/usr/lib64/ld-linux-x86-64.so.2", "--library-path", lib,
-         f"{tree}/usr/bin/qemu-system-x86_64",
+         f"{tree}/usr/bin/{program}",
          "-L", f"{tree}/usr/share/qemu", "-L", f"{tree}/usr/share/seabios"),
         {"QEMU_MODULE_DIR": f"{lib}/qemu"},
     )  # fmt: skip
@@ -52,20 +64,22 @@ def qemu_command() -> list[str]:
     return list(qemu().command)
 
 
-def _make_qemu(result: str, folder: str) -> None:
-    debs = Archive().download_closure("qemu-system-x86", os.path.join(folder, "debs"))
+def _make_qemu(processor: str, result: str, folder: str) -> None:
+    debs = Archive().download_closure(f"qemu-system-{processor}", os.path.join(folder, "debs"))
     unpack(debs, result)
     for unused in ("doc", "locale", "man"):
         shutil.rmtree(f"{result}/usr/share/{unused}", ignore_errors=True)
 
 
-def busybox() -> str:
+def busybox(architecture: str = "amd64") -> str:
     def make(result: str, folder: str) -> None:
-        unpack(Archive().download(["busybox-static"], f"{folder}/debs"), f"{folder}/tree")
+        archive = Archive(architecture=architecture)
+        unpack(archive.download(["busybox-static"], f"{folder}/debs"), f"{folder}/tree")
         found = glob.glob(f"{folder}/tree/**/bin/busybox", recursive=True)
         os.rename(found[0], result)
 
-    return artefact("busybox", "fetching busybox", make)
+    name = "busybox" if architecture == "amd64" else f"busybox-{architecture}"
+    return artefact(name, f"fetching {name}", make)
 
 
 def agent() -> str:
@@ -93,6 +107,10 @@ def prepare(what: str) -> None:
     if what in ("kernels", "all"):
         for series in SERIES:
             initramfs(agent(), busybox(), kernel(series).modules)
+    if what in ("aarch64", "all"):
+        qemu_aarch64()
+        busybox("arm64")
+        kernel(SERIES[-1], "arm64")
     if what in ("uml", "all"):
         uml_kernel()
         initramfs(agent(), busybox())
@@ -110,7 +128,10 @@ def _prepare_demo() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ninepd_guests.tools", description=__doc__)
     parser.add_argument(
-        "what", nargs="?", default="all", choices=("demo", "qemu", "kernels", "uml", "all")
+        "what",
+        nargs="?",
+        default="all",
+        choices=("demo", "qemu", "kernels", "aarch64", "uml", "all"),
     )
     try:
         prepare(parser.parse_args().what)

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from ninepd_guests.boot import boot_qemu
+from ninepd_guests.kernels import SERIES, kernel
 from ninepd_guests.machine import Guest
-from ninepd_guests.tools import qemu, qemu_command
+from ninepd_guests.tools import busybox, qemu, qemu_aarch64, qemu_command
 from tests.conftest import StartDaemon
+from tests.support.small_image import small_image
 
-CONFIGS = sorted((Path(__file__).parents[2] / "qemu-configs").glob("*.cfg"))
+FOLDER = Path(__file__).parents[2] / "qemu-configs"
+AARCH64 = FOLDER / "virt-aarch64.cfg"
+CONFIGS = sorted({*FOLDER.glob("*.cfg")} - {AARCH64})
 NOTHING = "/dev/null"
 """A -readconfig file with no word about machine, memory and shares, all of which come from us."""
 
@@ -83,6 +87,40 @@ def test_printed_arguments(
         assert "virtio-mmio.force-legacy=false" in arguments
     with boot(machine, NOTHING, *arguments) as guest:
         read_and_write(guest, "share", export)
+
+
+AARCH64_INIT = """#!/bin/sh
+mount -t proc proc /proc
+for module in /modules/*; do insmod $module; done
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 share /mnt
+{ cat /mnt/hello; uname -m; } > /mnt/back
+umount /mnt
+poweroff -f
+"""
+
+
+@pytest.mark.parametrize("printed", [False, True], ids=["readconfig", "printed"])
+def test_aarch64(printed: bool, tmp_path: Path, start_daemon: StartDaemon, export: Path) -> None:
+    daemon = start_daemon(socket=str(tmp_path / "ninepd.sock"), tag="share")
+    (export / "hello").write_text("hello\n")
+    linux = kernel(SERIES[-1], "arm64")
+    (tmp_path / "initrd").write_bytes(small_image(AARCH64_INIT, busybox("arm64"), linux.modules))
+    options = ["--socket-path", daemon.socket, "--tag", "share", "--machine", "virt"]
+    device = qemu_args(*options) if printed else ["-readconfig", str(AARCH64)]
+    program = qemu_aarch64()
+    result = subprocess.run(
+        [*program.command, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+         "-accel", "tcg", "-cpu", "max,pauth-impdef=on", *device,
+         "-kernel", linux.image, "-initrd", "initrd", "-append", "console=ttyAMA0 quiet panic=-1",
+         "-serial", "stdio"],
+        cwd=tmp_path,
+        env=os.environ | program.env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )  # fmt: skip
+    assert (export / "back").read_text() == "hello\naarch64\n", result.stdout
 
 
 def test_printed_arguments_for_a_configuration(tmp_path: Path, start_daemon: StartDaemon) -> None:
