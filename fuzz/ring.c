@@ -22,6 +22,7 @@ static struct rig {
     np_vring *vring;
     np_vring_config config;
     np_counters counters;
+    np_stats stats;
     np_log log;
     bool log_everything;     /* also the used ring, and where it is */
     uint64_t used, used_len; /* guest physical */
@@ -103,6 +104,7 @@ static void set_up(struct input *input) {
         .replies = exactly((size_t)slots * reply_stride),
         .done = exactly(slots * sizeof(np_done)),
         .counters = &rig.counters,
+        .stats = &rig.stats,
     };
     rig.config.requests = exactly(rig.config.batch * sizeof(np_request));
     for (int type = 0; type < NP_MESSAGE_TYPES; type++)

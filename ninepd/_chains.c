@@ -55,7 +55,9 @@ struct slot {
     uint32_t capacity;
     uint16_t head;
     bool in_flight;
-    bool gone; /* its memory is not mapped at present */
+    bool gone;      /* its memory is not mapped at present */
+    uint8_t type;   /* of the message; 0: it has no whole header */
+    uint64_t since; /* when it was taken from the ring */
     struct stream stream[2];
 };
 

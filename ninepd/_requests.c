@@ -44,13 +44,6 @@ static uint32_t copy_header(np_vring *v, uint32_t at) {
     return (uint32_t)len;
 }
 
-static uint32_t little(const uint8_t *from, int bytes) {
-    uint32_t value = 0;
-    for (int i = 0; i < bytes; i++)
-        value |= (uint32_t)from[i] << (8 * i);
-    return value;
-}
-
 static void describe(np_vring *v, uint32_t at, const uint32_t fault[2], np_request *request) {
     const struct slot *slot = &v->slots[at];
     const uint8_t *header = header_of(v, at);
@@ -70,7 +63,7 @@ static void describe(np_vring *v, uint32_t at, const uint32_t fault[2], np_reque
     };
 }
 
-static int take(np_vring *v, uint32_t head, np_request *request) {
+static int take(np_vring *v, uint32_t head, uint64_t now, np_request *request) {
     if (head >= v->config.num)
         return broken(&v->chains, "head %u is available on a ring of %u", head, v->config.num);
     if (v->taken[head])
@@ -89,6 +82,8 @@ static int take(np_vring *v, uint32_t head, np_request *request) {
     slot->gone = false;
     v->counters->in_flight++;
     describe(v, at, fault, request);
+    slot->type = (uint8_t)request->type;
+    slot->since = now;
     return 0;
 }
 
@@ -106,16 +101,20 @@ static int take_batch(np_vring *v) {
         return broken(&v->chains, "avail.idx is %u entries ahead on a ring of %u", n,
                       v->config.num);
     n = (uint32_t)min(n, v->config.batch);
+    uint64_t now = n ? now_ns() : 0;
     for (; taken < n; taken++, v->counters->last_avail++) {
         uint32_t at = v->counters->last_avail & (v->config.num - 1);
         uint16_t head = load16(&v->avail[RING + at], memory_order_relaxed);
-        if (take(v, head, &v->config.requests[taken]) < 0)
+        if (take(v, head, now, &v->config.requests[taken]) < 0)
             break;
     }
     if (lost(v))
         return -1; /* what was just copied may be zeros */
-    v->counters->requests += taken;
-    v->counters->batches += taken > 0;
+    if (taken) {
+        count(&v->stats->taken, taken);
+        count(&v->stats->batches, 1);
+        gauge(&v->stats->in_flight, v->counters->in_flight);
+    }
     return taken < n && taken == 0 ? -1 : (int)taken;
 }
 
@@ -141,8 +140,10 @@ static void notify(np_vring *v) {
     enum signal_kind kind =
         (enum signal_kind)atomic_load_explicit(&v->call_kind, memory_order_acquire);
     if (wanted && kind != SIGNAL_NONE) {
-        v->counters->calls++;
+        count(&v->stats->calls, 1);
         send_signal(atomic_load_explicit(&v->call, memory_order_relaxed), kind);
+    } else if (!wanted) {
+        count(&v->stats->calls_saved, 1);
     }
 }
 
@@ -170,19 +171,25 @@ static void write_header(np_vring *v, const struct reply *done, uint8_t *reply) 
 }
 
 /* The reply, if its chain is still in guest memory; otherwise the length is 0: no reply. */
-static int finish(np_vring *v, struct reply *done) {
+static int finish(np_vring *v, struct reply *done, uint64_t now) {
     struct slot *slot = slot_in_flight(v, done->slot);
     uint64_t room = slot ? slot->stream[NP_WRITABLE].bytes : 0;
     if (!slot || done->used_len > room || done->copy_len > min(room, v->config.reply_stride) ||
         (done->type && done->copy_len < PREFIX))
         return -EINVAL;
-    if (slot->gone) {
-        done->used_len = 0;
-        return 0;
+    if (slot->gone || !done->type) {
+        count(&v->stats->dropped, 1);
+        done->used_len = slot->gone ? 0 : done->used_len;
     }
+    if (slot->gone)
+        return 0;
     uint8_t *reply = v->config.replies + (size_t)done->slot * v->config.reply_stride;
-    if (done->type)
+    if (done->type) {
         write_header(v, done, reply);
+        uint64_t in = min(slot->stream[NP_READABLE].bytes, little(header_of(v, done->slot), 4));
+        count_reply(v->stats, slot->type, now - slot->since, in, done->used_len, reply,
+                    done->copy_len);
+    }
     copy(&v->chains, slot, NP_WRITABLE, 0, reply, done->copy_len);
     return 0;
 }
@@ -201,9 +208,10 @@ static int np_vring_push(np_vring *v, uint32_t count) {
         return -EFAULT;
     if (count > v->config.num)
         return -EINVAL;
+    uint64_t now = count ? now_ns() : 0;
     for (i = 0; i < count; i++) {
         struct reply done = unpack((uint64_t)v->config.done[i]);
-        if (finish(v, &done) < 0)
+        if (finish(v, &done, now) < 0)
             break;
         struct slot *slot = &v->slots[done.slot];
         uint32_t at = (v->counters->used_index + i) & (v->config.num - 1);
@@ -215,6 +223,7 @@ static int np_vring_push(np_vring *v, uint32_t count) {
     }
     if (i) {
         v->counters->in_flight -= i;
+        gauge(&v->stats->in_flight, v->counters->in_flight);
         v->counters->used_index += (uint16_t)i;
         store16(&v->used[INDEX], v->counters->used_index, memory_order_release);
         mark_used(v, sizeof(uint16_t) * INDEX, sizeof(uint16_t));

@@ -1,5 +1,6 @@
 /*
- * The split virtqueue of one virtio device, seen from the device. Comes behind _chains.c.
+ * The split virtqueue of one virtio device, seen from the device. Comes behind _chains.c and
+ * _stats.c.
  *
  * Theory of operation. The guest owns all shared memory and may rewrite it at any time. So each
  * descriptor, indirect table and request header is copied once into private memory, and lengths,
@@ -50,9 +51,8 @@ typedef struct {
 typedef ssize_t np_done;
 enum { NP_USED_BITS = 28, NP_COPY_BITS = 12, NP_TYPE_BITS = 8, NP_SLOT_BITS = 15 };
 
-/* Written by the device thread, read by anybody. */
+/* Where the device thread stands, which alone writes it. */
 typedef struct {
-    uint64_t requests, batches, kicks, calls, sleeps, spin_hits;
     uint32_t in_flight;
     uint16_t last_avail, used_index;
 } np_counters;
@@ -71,6 +71,7 @@ typedef struct {
     np_request *requests;
     np_done *done;
     np_counters *counters;
+    np_stats *stats;
     uint16_t limits[NP_MESSAGE_TYPES]; /* of the header copy, by message type: 7 to header_stride */
 } np_vring_config;
 
@@ -100,6 +101,7 @@ struct idle {
 struct np_vring {
     np_vring_config config;
     np_counters *counters;
+    np_stats *stats;
     _Atomic uint16_t *avail, *used; /* NULL: not in guest memory */
     _Atomic uint32_t *used_ring;    /* id, len */
     bool unlocated;                 /* guest memory holds its parts no more, but may again */
@@ -217,6 +219,7 @@ static np_vring *np_vring_new(np_memory *m, const np_vring_config *config) {
     }
     v->config = *config;
     v->counters = config->counters;
+    v->stats = config->stats;
     v->counters->last_avail = config->base;
     v->chains.memory = m;
     v->chains.num = num;

@@ -19,6 +19,7 @@ SOURCES = (
     "_dirty.c",
     "_chains.c",
     "_watch.c",
+    "_stats.c",
     "_vring.c",
     "_requests.c",
     "_waiting.c",

@@ -27,12 +27,6 @@ static void np_vring_set_alarm(np_vring *v, uint64_t at_ns);
 #define YIELDED_NS 2000 /* a sched_yield() that took so long has let somebody else run */
 #define CROWDED_MAX 4
 
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 static void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -97,7 +91,7 @@ static int doze(np_vring *v) {
                             {.fd = v->config.kick, .events = POLLIN}};
     /* Without a kick descriptor, or after many kicks for nothing: look every millisecond. */
     bool scan = v->config.kick < 0 || v->idle.kicks > IDLE_KICKS_MAX;
-    v->counters->sleeps++;
+    count(&v->stats->sleeps, 1);
     if (poll_until_alarm(v, fds, scan ? 1 : 2, scan ? 1 : -1) < 0)
         return errno == EINTR ? 0 : broken(&v->chains, "poll: %s", strerror(errno));
     if (fds[0].revents) {
@@ -108,7 +102,7 @@ static int doze(np_vring *v) {
     if (scan) {
         v->idle.kicks = IDLE_KICKS_MAX;
     } else if (fds[1].revents) {
-        v->counters->kicks++;
+        count(&v->stats->kicks, 1);
         v->idle.kicks++;
         return drain(v, "kick", v->config.kick);
     }
@@ -143,7 +137,7 @@ static int idle(np_vring *v, uint64_t max_ns) {
             if (something(v)) {
                 v->idle.window_ns = window_ns;
                 v->idle.crowded = yielded ? v->idle.crowded + 1 : 0;
-                v->counters->spin_hits++;
+                count(&v->stats->spin_hits, 1);
                 return 0;
             }
         uint64_t before = now_ns();

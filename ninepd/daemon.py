@@ -25,6 +25,7 @@ from ninepd.logs import about
 from ninepd.offer import Offer
 from ninepd.ops.guest import Service
 from ninepd.process import name_process
+from ninepd.stats import Stats
 from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,14 @@ class ExportServer:
         finished: Callable[[], None],
         once: bool,
         report: Callable[[bool], None],
+        stats: Stats,
     ) -> None:
         """``finished`` is called when no front end is there and none can or shall come.
 
-        With ``once`` the first that speaks is the last. ``report`` is told who comes or leaves.
+        With ``once`` the first that speaks is the last. ``report`` is told who comes or leaves;
+        ``stats`` is where all of them are counted.
         """
+        self._stats = stats
         self._offer = offer
         self._tag = offer.export.tag
         self._loop = loop
@@ -156,9 +160,9 @@ class ExportServer:
         about["guest_pid"] = peer.pid
         log.info("%s: front end connected (%s)", self._tag, peer)
         export = self._offer.export
-        service = Service(self._tree, export, export.tag, self._throttle)
+        service = Service(self._tree, export, export.tag, self._throttle, self._stats)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
-        self._report(True)
+        self._tell(True)
 
     def _connection_left(self) -> None:
         if self._connection is not None:
@@ -167,11 +171,17 @@ class ExportServer:
             self._closing.append(self._connection.closed)
             self._connection = None
             about.pop("guest_pid", None)
-            self._report(False)
+            self._tell(False)
         if self._retires:
             self.retire()
         elif not self._offer.listener.listening or (self._once and self._served):
             self._finished()
+
+    def _tell(self, connected: bool) -> None:
+        numbers = self._stats.numbers
+        numbers.connected = connected
+        numbers.front_ends += connected
+        self._report(connected)
 
 
 class _Peer(NamedTuple):
@@ -200,14 +210,14 @@ def _stay_alive(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
     loop.call_later(seconds, _stay_alive, loop, seconds)
 
 
-async def _serve(offer: Offer, once: bool, report: Callable[[bool], None]) -> None:
+async def _serve(offer: Offer, once: bool, report: Callable[[bool], None], stats: Stats) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
-    server = ExportServer(offer, loop, stop.set, once, report)
+    server = ExportServer(offer, loop, stop.set, once, report, stats)
     loop.add_signal_handler(RETIRE, server.retire)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     seconds = systemd.watchdog_seconds()
@@ -223,12 +233,20 @@ async def _serve(offer: Offer, once: bool, report: Callable[[bool], None]) -> No
         await server.close()
 
 
-def serve(offer: Offer, once: bool, report: Callable[[bool], None] | None = None) -> None:
+def serve(
+    offer: Offer,
+    once: bool,
+    report: Callable[[bool], None] | None = None,
+    stats: Stats | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, or until no further front end can or shall come.
 
     ``report`` is told when it begins, and whether one is connected; else the service manager is.
+    ``stats`` is where to count, if somebody shall see it.
     """
+    stats = Stats() if stats is None else stats
+    stats.numbers.pid = os.getpid()
     name_process(offer.export.tag)
     about["export"] = offer.export.tag
     offer.shut_in()
-    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer)))
+    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer), stats))

@@ -20,7 +20,7 @@ from typing import Final
 
 from ninepd import foreign
 from ninepd.errors import Refused, RingBroken
-from ninepd.ops.guest import Service
+from ninepd.ops.guest import Guest, Service
 from ninepd.ops.table import HEADER_LIMITS
 from ninepd.pipeline import Pipeline, RingSetup
 from ninepd.throttled import ThrottledPipeline
@@ -226,6 +226,7 @@ class Device:
             wake=self._wake,
             header_limits=HEADER_LIMITS,
             watch=watch,
+            stats=self._service.stats,
         )
         setup = RingSetup(ring.num, indirect, self._poll_us, self._name)
         throttle = self._service.throttle
@@ -241,6 +242,7 @@ class Device:
         """Its memory or its meaning is about to go. Requests that are still out get no answer."""
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None:
+            self._service.stats.numbers.in_flight = 0
             if pipeline.jobs:
                 log.warning("%s: %d requests were dropped", self._name, pipeline.jobs)
             pipeline.close()
@@ -249,9 +251,13 @@ class Device:
         """The guest has gone, or begins anew."""
         self._position = None
         self._forget_ring()
-        end = self._service.renew().end
-        if not self._workers.start(end):
-            end()
+        old = self._service.renew()
+        if not self._workers.start(lambda: self._end_guest(old)):
+            self._end_guest(old)
+
+    def _end_guest(self, guest: Guest) -> None:
+        guest.end()
+        self._service.take_stock()
 
     def _break(self, reason: str) -> None:
         log.error("%s: ring stopped until the guest resets it: %s", self._name, reason)

@@ -288,6 +288,7 @@ class Pipeline(Turns):
         except OSError as error:
             self._answer(head, tag, self._error(tag, error))
             return
+        self._service.stats.numbers.hand_overs += 1
         locks = _locks(message, fids)
         self._jobs.add(self._job(head, tag, message, fids, private, work, locks))
 
@@ -365,6 +366,9 @@ class Pipeline(Turns):
                 old.end()
             return reply
         return Later(lambda _payload: _first(old.end, reply))
+
+    def _take_stock(self) -> None:
+        self._service.take_stock()
 
     def _complete(self, job: Job) -> None:
         """Answer a job. The last of a session may have more to do."""

@@ -115,6 +115,10 @@ class Turns:
     def _complete(self, job: Job) -> None:
         """Answer a job. The last of a session may have more to do."""
 
+    @abstractmethod
+    def _take_stock(self) -> None:
+        """A batch is done: tell whoever watches what the guest holds now."""
+
     # On the loop thread
 
     def start(self) -> None:
@@ -158,6 +162,7 @@ class Turns:
                     for job in self._jobs.completed():
                         self._complete(job)
                 self._answers.publish()
+                self._take_stock()
                 if self._stopping:
                     break
                 count = self._vring.wait(self._poll_us)
@@ -221,6 +226,7 @@ class Turns:
                 job = self._turn.job = self._job_under_way(head)
                 self._jobs.adopt(job)
                 self._touching += job.moves_data
+                self._vring.stats.numbers.stalls += 1
                 log.debug("%s: tag %d takes long: %s", self._name, job.tag, job.message)
             self._turn = turn = Turn()
         self._budget.take_over()

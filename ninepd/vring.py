@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, cast
 from mypy_extensions import i64
 
 from ninepd.errors import RingBroken
+from ninepd.stats import Stats
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -28,14 +29,8 @@ if TYPE_CHECKING:
 
 
 class Counters(Protocol):
-    """Plain numbers that the device thread updates; reading them is free."""
+    """Where the device thread stands; reading it is free."""
 
-    requests: int
-    batches: int
-    kicks: int
-    calls: int
-    sleeps: int
-    spin_hits: int
     in_flight: int
     last_avail: int
     used_index: int
@@ -258,6 +253,7 @@ class Vring:
         wake: int,
         header_limits: Mapping[int, int] | None = None,
         watch: Watch | None = None,
+        stats: Stats | None = None,
         header_stride: int = 8704,
         reply_stride: int = 256,
         batch: int = 64,
@@ -267,7 +263,8 @@ class Vring:
         Addresses are user addresses. ``base`` is the available index to go on from; the used index
         is taken from guest memory. The three descriptors stay the caller's and must outlive the
         ring. ``header_limits`` says, by message type, how much of a request is header (at least 7
-        bytes); other types are copied up to the stride.
+        bytes); other types are copied up to the stride. ``stats`` is where it counts, if that is
+        not for itself only.
         """
         limits = [header_stride] * _lib.NP_MESSAGE_TYPES
         for message_type, limit in (header_limits or {}).items():
@@ -280,6 +277,7 @@ class Vring:
         requests = _ffi.new("np_request[]", batch)
         done = _ffi.new("np_done[]", slots)
         counters = _ffi.new("np_counters *")
+        self.stats: Final = Stats() if stats is None else stats
         config = _ffi.new(
             "np_vring_config *",
             {
@@ -302,6 +300,7 @@ class Vring:
                 "requests": requests,
                 "done": done,
                 "counters": counters,
+                "stats": self.stats.address,
                 "limits": limits,
             },
         )

@@ -41,7 +41,8 @@ LAYERS: Final = (
     {"journal", "jsonlog"},
     {"foreign", "idranges", "walls"},
     {"activation", "presence", "process", "throttle"},
-    {"vring", "syscalls", "stats", "capabilities", "mounts"},
+    {"vring", "syscalls", "capabilities", "mounts"},
+    {"stats"},
     {"errors", "statelock", "tuples", "workers", "_libvring", "ninepd"},
 )
 """From top to bottom. Parts of one layer know nothing of each other."""

@@ -89,7 +89,7 @@ def test_batches(rig: Rig) -> None:
     rig.push(*((head, 0, 0, 0) for head in reversed(heads)))
     assert rig.driver.wait_used(count=60) == [(head, 0) for head in reversed(heads)]
     assert rig.driver.called()
-    assert rig.ring.counters.calls == 1
+    assert rig.ring.stats.numbers.calls == 1
 
 
 def test_a_batch_is_bounded() -> None:

@@ -51,7 +51,7 @@ def test_flags_kick_only_an_idle_device() -> None:
         d = rig.driver
         idle = threading.Thread(target=rig.take)
         idle.start()
-        wait_for(lambda: rig.ring.counters.sleeps == 1)
+        wait_for(lambda: rig.ring.stats.numbers.sleeps == 1)
         d.submit([message()])
         assert d.kick()
         idle.join()
@@ -83,7 +83,7 @@ def test_event_idx_calls_only_when_asked(rig: Rig) -> None:
     assert d.called()
     rig.push((heads[5], 0, 0, 0))
     assert not d.called()
-    assert rig.ring.counters.calls == 2
+    assert rig.ring.stats.numbers.calls == 2
 
 
 def test_flags_call_only_when_asked() -> None:
@@ -111,7 +111,7 @@ def test_call_socket_full_and_hung_up() -> None:
                 d._call_end.shutdown(2)
             rig.push((head, 0, 0, 0))
             d.reply(head)
-        assert rig.ring.counters.calls == 2000
+        assert rig.ring.stats.numbers.calls == 2000
 
 
 def test_no_call_descriptor_and_a_late_one() -> None:
@@ -196,8 +196,8 @@ def test_nothing_is_lost_between_busy_and_idle(spin: int, event_idx: bool) -> No
                 rig.driver.kick()
                 assert rig.driver.wait_used() == [(head, 0)]
                 rig.driver.reply(head)
-        counters = rig.ring.counters
-        assert counters.requests == 3000
+        counters = rig.ring.stats.numbers
+        assert counters.taken == 3000
         assert counters.kicks <= rig.driver.kicks
         if spin:
             assert counters.spin_hits > 100
@@ -209,15 +209,15 @@ def test_idle_means_asleep(rig: Rig) -> None:
         for _ in range(200):
             echo(rig)
         time.sleep(0.05)
-        before = device.switches(), rig.ring.counters.sleeps
+        before = device.switches(), rig.ring.stats.numbers.sleeps
         time.sleep(0.5)
-        assert (device.switches(), rig.ring.counters.sleeps) == before
+        assert (device.switches(), rig.ring.stats.numbers.sleeps) == before
 
 
 def test_spinning_stops_when_it_catches_nothing(rig: Rig) -> None:
     with Device(rig, spin=4000) as device:
         deadline = time.monotonic() + 60
-        while rig.ring.counters.spin_hits <= 5:  # a busy machine may be late for some
+        while rig.ring.stats.numbers.spin_hits <= 5:  # a busy machine may be late for some
             assert time.monotonic() < deadline
             time.sleep(0.0005)
             echo(rig)
@@ -243,10 +243,10 @@ def test_no_spinning_on_the_guest_s_own_cpu(rig: Rig) -> None:
     with Device(rig, spin=4000):
         for _ in range(20):
             echo(rig)
-        before = rig.ring.counters.spin_hits
+        before = rig.ring.stats.numbers.spin_hits
         for _ in range(160):
             echo(rig)
-        assert rig.ring.counters.spin_hits - before < 40
+        assert rig.ring.stats.numbers.spin_hits - before < 40
 
 
 def test_wake_by_call_and_by_descriptor(rig: Rig) -> None:
@@ -278,7 +278,7 @@ def test_kicks_for_nothing_do_not_spin(rig: Rig) -> None:
     thread.start()
     with Device(rig):
         time.sleep(0.3)
-        sleeps = rig.ring.counters.sleeps
+        sleeps = rig.ring.stats.numbers.sleeps
         head = rig.driver.submit([message()])
         assert rig.driver.wait_used() == [(head, 0)]
     stop.set()

@@ -138,6 +138,7 @@ class Holder:
         """Have no descriptor until the next use; under the lock. Returns what is to be closed."""
         self.budget.remove(self)
         self.budget.reclaimed += 1
+        self.budget.reclaims += 1
         fd: int = self._fd
         self._fd = -1
         return fd
@@ -164,6 +165,10 @@ class Budget:
         """Threads that serve a ring on these descriptors."""
         self.reclaimed = 0
         """Holders that are reclaimed."""
+        self.reclaims = 0
+        """How often one was."""
+        self.files = 0
+        """Holders that are open files, reclaimed or not."""
         self._open: list[Holder] = []
         self._hand = 0
         """Who is looked at next, round and round."""

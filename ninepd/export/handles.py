@@ -168,6 +168,7 @@ class Opened(Holder):
             if handle.opened:
                 self.cookies = handle.opened[0].cookies
             handle.opened = (*handle.opened, self)
+            budget.files += 1
             budget.enter(self)
 
     @property
@@ -183,6 +184,7 @@ class Opened(Holder):
         handle = self.handle
         with self.budget.lock:
             handle.opened = tuple([other for other in handle.opened if other is not self])
+            self.budget.files -= 1
             fd = self.forget()
         if fd >= 0:
             handle.table.host.close(fd)

@@ -24,6 +24,7 @@ from ninepd.ops.locks import LockTable
 from ninepd.p9.messages import IO_HEADER, Rversion, Tversion
 from ninepd.p9.session import Session
 from ninepd.statelock import GUEST, state_lock
+from ninepd.stats import Stats
 from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -190,8 +191,16 @@ class Service:
     """An export, and whatever session a guest has with it now."""
 
     def __init__(
-        self, tree: Tree, limits: Limits, tag: str, throttle: Throttle | None = None
+        self,
+        tree: Tree,
+        limits: Limits,
+        tag: str,
+        throttle: Throttle | None = None,
+        stats: Stats | None = None,
     ) -> None:
+        """``stats`` is where it counts, if somebody shall see it."""
+        self.stats: Final = Stats() if stats is None else stats
+        self._stock = (0, 0, 0, 0, 0)
         self.limits: Final = limits
         self.throttle: Final = throttle
         """How fast guests may read and write, if that is limited."""
@@ -205,6 +214,22 @@ class Service:
         """
         old, self.guest = self.guest, self._fresh()
         return old
+
+    def take_stock(self) -> None:
+        """Tell whoever watches what the guest holds now."""
+        budget = self._tree.handles.budget
+        stock = (
+            len(self.guest.session.fids),
+            budget.files,
+            budget.used,
+            budget.reclaimed,
+            budget.reclaims,
+        )
+        if stock != self._stock:
+            self._stock = stock
+            numbers = self.stats.numbers
+            numbers.fids, numbers.files, numbers.descriptors, numbers.reclaimed = stock[:4]
+            numbers.reclaims = stock[4]
 
     def _fresh(self) -> Guest:
         return Guest(self._tree, self.limits, self._tag)

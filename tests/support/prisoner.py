@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from ninepd import cli, daemon, sandbox, supervisor, walls
 from ninepd.offer import Offer
+from ninepd.stats import Stats
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _PTRACE_SEIZE: Final = 0x4206  # which does not stop it
@@ -141,8 +142,10 @@ PROBES: Final[dict[str, Callable[[], None]]] = {
 def _imprison(probe: Callable[[], None], command: list[str]) -> str:
     """What came of a probe: "done", the name of an errno, "killed", or how else it ended."""
 
-    async def instead_of_serving(offer: Offer, once: bool, report: Callable[[bool], None]) -> None:
-        del offer, once, report
+    async def instead_of_serving(
+        offer: Offer, once: bool, report: Callable[[bool], None], stats: Stats
+    ) -> None:
+        del offer, once, report, stats
         try:
             probe()
         except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ninepd.errors import RingBroken
+from ninepd.stats import Stats
 from ninepd.vring import REQUEST, GuestMemory, Vring, done_entry
 from tests.support.driver import Driver, Segment
 
@@ -67,6 +68,7 @@ class Rig:
         base: int = 0,
         batch: int = 64,
         call: bool = True,
+        stats: Stats | None = None,
     ) -> None:
         self.driver = d = driver or Driver(num, event_idx=event_idx, base=base)
         self.memory = GuestMemory()
@@ -87,6 +89,7 @@ class Rig:
             wake=self.wake,
             header_limits={TWRITE: 23},
             batch=batch,
+            stats=stats,
         )
         self.ring = ByHead(ring, d)
 
