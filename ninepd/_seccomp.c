@@ -132,7 +132,7 @@ static const uint16_t nd_watching_calls[] = {
 #ifdef SYS_fork
     SYS_fork, /* of musl */
 #endif
-    SYS_connect, SYS_bind, SYS_listen, SYS_seccomp, 444 /* landlock_create_ruleset */,
+    SYS_connect, SYS_bind, SYS_listen, SYS_memfd_create, SYS_seccomp, 444 /* landlock_create_ruleset */,
     445 /* landlock_add_rule */, 446 /* landlock_restrict_self */,
 };
 /* clang-format on */
@@ -228,13 +228,13 @@ static void nd_begin(nd_program *program) {
 static void nd_answer_descriptors(nd_program *program, bool watches, uint32_t refuse) {
     const uint32_t commands[] = {F_DUPFD,     F_DUPFD_CLOEXEC, F_GETFD,     F_SETFD,
                                  F_GETFL,     F_SETFL,         F_OFD_GETLK, F_OFD_SETLK,
-                                 F_GET_SEALS, F_SETOWN /* last */};
+                                 F_GET_SEALS, F_SETOWN,        F_ADD_SEALS /* last */};
     const uint32_t streams[] = {SOCK_STREAM, SOCK_STREAM | SOCK_CLOEXEC,
                                 SOCK_STREAM | SOCK_NONBLOCK,
                                 SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK};
     const uint32_t ioctls[] = {FIONBIO, FIOCLEX, FIONCLEX, FIONREAD, TCGETS};
     const uint8_t count = sizeof commands / sizeof *commands;
-    nd_answer_values(program, SYS_fcntl, 1, commands, watches ? count : count - 1, refuse);
+    nd_answer_values(program, SYS_fcntl, 1, commands, watches ? count : count - 2, refuse);
     nd_answer_values(program, SYS_ioctl, 1, ioctls, sizeof ioctls / sizeof *ioctls, refuse);
     nd_require(program, SYS_socketpair, nd_argument(0), BPF_JEQ, AF_UNIX, true, refuse);
     nd_answer_values(program, SYS_socketpair, 1, streams, sizeof streams / sizeof *streams, refuse);

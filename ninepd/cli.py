@@ -13,6 +13,8 @@ import click
 
 from ninepd import __version__, checking, config, configfile, doctor, qemu, supervisor
 from ninepd.activation import Activated, refuse_unused, take_activated
+from ninepd.control.client import Client, ControlError
+from ninepd.control.names import name_of
 from ninepd.errors import UsageError
 from ninepd.limits import Limits
 from ninepd.logs import Format, Level, start_logging
@@ -336,6 +338,17 @@ def _single_export(single: dict[str, Any], activated: Sequence[Activated] | None
     help="text: lines on standard error. json: an object on each. journal: systemd's journal, with "
     "priorities and fields.",
 )
+@click.option(
+    "--control-path",
+    metavar="PATH",
+    help="Show what is going on in a tree of files, over 9P2000 on this unix socket (ninepd stats, "
+    "ninepd fids, ninepd ctl).",
+)
+@click.option(
+    "--metrics-listen",
+    metavar="ADDR:PORT|unix:PATH",
+    help="Offer metrics for Prometheus by HTTP at this address, which must be loopback.",
+)
 @click.pass_context
 def serve(
     context: click.Context,
@@ -346,10 +359,18 @@ def serve(
     verbose: bool,
     trace: bool,
     log_format: str,
+    control_path: str | None,
+    metrics_listen: str | None,
     **single: Any,
 ) -> None:
     """Serve a directory to the guests that connect, one at a time."""
-    daemon = {"once": once, "log_level": log_level, "log_format": log_format}
+    daemon = {
+        "once": once,
+        "log_level": log_level,
+        "log_format": log_format,
+        "control_path": control_path,
+        "metrics_listen": metrics_listen,
+    }
 
     def read(activated: Sequence[Activated]) -> config.Config:
         chosen = _configuration(context, config_path, single, daemon, activated)
@@ -438,6 +459,50 @@ def diagnose(
         if finding.level is doctor.Level.ERROR:
             status = CANNOT_SERVE
     return status
+
+
+def _control_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--control-path",
+        metavar="PATH",
+        envvar="NINEPD_CONTROL_PATH",
+        required=True,
+        help="The socket that the daemon was given by the same option.",
+    )(command)
+
+
+@cli.command
+@click.argument("tag", required=False)
+@_control_option
+def stats(tag: str | None, control_path: str) -> None:
+    """Show what the exports of a running daemon have counted, or that of TAG."""
+    with Client(control_path) as client:
+        for name in client.names("exports") if tag is None else [name_of(tag)]:
+            if tag is None:
+                click.echo(f"export {name}")
+            click.echo(client.read("exports", name, "stats"), nl=tag is None)
+
+
+@cli.command
+@click.argument("tag")
+@_control_option
+def fids(tag: str, control_path: str) -> None:
+    """List what the guest of an export holds."""
+    with Client(control_path) as client:
+        click.echo(client.read("exports", name_of(tag), "fids"), nl=False)
+
+
+@cli.command
+@click.argument("word", metavar="COMMAND")
+@_control_option
+def ctl(word: str, control_path: str) -> None:
+    """Have a running daemon do something: reload."""
+    with Client(control_path) as client:
+        try:
+            client.write(word.encode(), "ctl")
+        except ControlError:
+            raise ControlError(client.read("ctl").decode().strip()) from None
+        click.echo(client.read("ctl"), nl=False)
 
 
 @cli.command("qemu-args", context_settings={"auto_envvar_prefix": "NINEPD"})

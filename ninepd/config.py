@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from ninepd.activation import Activated, choose_activated
+from ninepd.endpoint import Endpoint, parse_endpoint
 from ninepd.errors import UsageError
 from ninepd.idranges import NO_SQUASH, IdRanges, parse_ranges, parse_squash
 from ninepd.limits import Limits
@@ -243,14 +244,14 @@ def check_tag(tag: str) -> None:
         raise UsageError("--tag: a tag cannot contain a NUL byte")
 
 
-def check_socket_path(path: str) -> None:
+def check_socket_path(path: str, option: str = "socket-path") -> None:
     """It must name a socket in the file system: an abstract one has no owner and no mode."""
     size = len(os.fsencode(path))
     if not size or "\0" in path:
-        raise UsageError("--socket-path: this is no path; name a file that is to be the socket")
+        raise UsageError(f"--{option}: this is no path; name a file that is to be the socket")
     if size > SUN_PATH_MAX:
         raise UsageError(
-            f"--socket-path: {size} bytes are too long for a socket, {SUN_PATH_MAX} are allowed"
+            f"--{option}: {size} bytes are too long for a socket, {SUN_PATH_MAX} are allowed"
         )
 
 
@@ -281,12 +282,31 @@ class Config:
     once: bool = False
     log_level: str = Level.WARNING.value
     log_format: str = Format.TEXT.value
+    control_path: str | None = None
+    metrics_listen: str | None = None
     placed: Callable[[int, UsageError], UsageError] = _as_it_is
     """What turns out to be wrong with an export, by its number from 1 on: says where it is."""
 
     def __post_init__(self) -> None:
         _check_choice("log-level", self.log_level, Level)
         _check_choice("log-format", self.log_format, Format)
+        if self.control_path is not None:
+            check_socket_path(self.control_path, "control-path")
+        endpoint = self.metrics_endpoint
+        if endpoint is not None and endpoint.path is not None:
+            check_socket_path(endpoint.path, "metrics-listen")
+
+    @property
+    def metrics_endpoint(self) -> Endpoint | None:
+        """Where metrics are offered; or UsageError."""
+        if self.metrics_listen is None:
+            return None
+        return parse_endpoint("metrics-listen", self.metrics_listen)
+
+    @property
+    def watched(self) -> bool:
+        """Shall somebody be able to look at what the daemon does?"""
+        return self.control_path is not None or self.metrics_listen is not None
 
 
 def make_export(

@@ -21,6 +21,7 @@ import uvloop
 
 from ninepd import foreign, systemd
 from ninepd.connection import Connection
+from ninepd.inspection import Inspection, Visitor
 from ninepd.logs import about
 from ninepd.offer import Offer
 from ninepd.ops.guest import Service
@@ -52,13 +53,16 @@ class ExportServer:
         once: bool,
         report: Callable[[bool], None],
         stats: Stats,
+        questions: socket.socket | None,
     ) -> None:
         """``finished`` is called when no front end is there and none can or shall come.
 
         With ``once`` the first that speaks is the last. ``report`` is told who comes or leaves;
-        ``stats`` is where all of them are counted.
+        ``stats`` is where all of them are counted, and ``questions`` where whoever watches asks.
         """
         self._stats = stats
+        self._inspection = None if questions is None else Inspection(questions, self._visitor)
+        self._visit: _Visit | None = None
         self._offer = offer
         self._tag = offer.export.tag
         self._loop = loop
@@ -86,6 +90,18 @@ class ExportServer:
             self._loop.add_reader(sock, self._accept)
         else:
             self._meet(sock.dup())
+        if self._inspection is not None:
+            self._loop.add_reader(self._inspection.fileno(), self._inspect, self._inspection)
+
+    def _inspect(self, inspection: Inspection) -> None:
+        if not inspection.answer():
+            self._loop.remove_reader(inspection.fileno())
+
+    def _visitor(self) -> Visitor | None:
+        if self._visit is None:
+            return None
+        peer, since, service = self._visit
+        return Visitor(peer.pid, peer.uid, since, service.guest)
 
     def retire(self) -> None:
         """Accept nobody any more, and end when the front end that is there has left."""
@@ -161,6 +177,7 @@ class ExportServer:
         log.info("%s: front end connected (%s)", self._tag, peer)
         export = self._offer.export
         service = Service(self._tree, export, export.tag, self._throttle, self._stats)
+        self._visit = _Visit(peer, time.time(), service)
         self._connection = Connection(connected, export, service, self._loop, self._connection_left)
         self._tell(True)
 
@@ -169,7 +186,7 @@ class ExportServer:
             self._served |= self._connection.spoke
             self._closing = [future for future in self._closing if not future.done()]
             self._closing.append(self._connection.closed)
-            self._connection = None
+            self._connection = self._visit = None
             about.pop("guest_pid", None)
             self._tell(False)
         if self._retires:
@@ -195,6 +212,14 @@ class _Peer(NamedTuple):
         return f"pid {self.pid}, uid {self.uid}"
 
 
+class _Visit(NamedTuple):
+    """A front end that is connected, since when, and what it is served by."""
+
+    peer: _Peer
+    since: float
+    service: Service
+
+
 def _peer(connection: socket.socket) -> _Peer:
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return _Peer._make(_UCRED.unpack(found))
@@ -210,14 +235,20 @@ def _stay_alive(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
     loop.call_later(seconds, _stay_alive, loop, seconds)
 
 
-async def _serve(offer: Offer, once: bool, report: Callable[[bool], None], stats: Stats) -> None:
+async def _serve(
+    offer: Offer,
+    once: bool,
+    report: Callable[[bool], None],
+    stats: Stats,
+    questions: socket.socket | None,
+) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
-    server = ExportServer(offer, loop, stop.set, once, report, stats)
+    server = ExportServer(offer, loop, stop.set, once, report, stats, questions)
     loop.add_signal_handler(RETIRE, server.retire)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     seconds = systemd.watchdog_seconds()
@@ -238,15 +269,17 @@ def serve(
     once: bool,
     report: Callable[[bool], None] | None = None,
     stats: Stats | None = None,
+    questions: socket.socket | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until no further front end can or shall come.
 
     ``report`` is told when it begins, and whether one is connected; else the service manager is.
-    ``stats`` is where to count, if somebody shall see it.
+    ``stats`` is where to count, if somebody shall see it, and ``questions`` a socket on which to
+    say more.
     """
     stats = Stats() if stats is None else stats
     stats.numbers.pid = os.getpid()
     name_process(offer.export.tag)
     about["export"] = offer.export.tag
     offer.shut_in()
-    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer), stats))
+    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer), stats, questions))

@@ -15,7 +15,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from ninepd.activation import is_usable
 from ninepd.config import Export
@@ -31,20 +31,29 @@ _UNNAMED: Final = "ninepd"
 _ACL: Final = "system.posix_acl_access"
 
 
+class Door(NamedTuple):
+    """A socket that shall have a name."""
+
+    option: str
+    """That says so, for errors."""
+    path: str
+    mode: int
+    gid: int | None = None
+    group: str | None = None
+    """What the user calls that."""
+
+
 class Listener:
     """The socket of an export; its descriptor is inherited by the process that serves it."""
 
     def __init__(self, export: Export) -> None:
         """It listens, or is connected already if the export's descriptor is; or UsageError."""
-        self._place: _Place | None = None
+        self._place: Place | None = None
         self._remover: Remover | None = None
         path, fd = export.socket_path, export.fd
         if path is not None:
-            try:
-                self._place = _Place(path, export)
-                self.socket = self._place.socket
-            except OSError as error:
-                raise UsageError(f"--socket-path: {path}: {error.strerror}") from None
+            self._place = Place(_door(path, export))
+            self.socket = self._place.socket
         else:
             self.socket = socket.socket(fileno=fd)
             self.socket.set_inheritable(False)
@@ -58,7 +67,7 @@ class Listener:
         """Whoever may connect by the options of this export; UsageError: all stays as it was."""
         if self._place is not None:
             try:
-                self._place.let_in(export)
+                self._place.let_in(_door(self._where, export))
             except OSError as error:
                 raise UsageError(f"--socket-mode: {self}: {error.strerror}") from None
 
@@ -100,18 +109,25 @@ def check_descriptor(fd: int) -> None:
         raise UsageError(f"--fd: descriptor {fd} is no unix socket that listens or is connected")
 
 
-class _Place:
-    """A socket of our own, and the name that it was given."""
+class Place:
+    """A socket of our own, which listens, and the name that it was given."""
 
-    def __init__(self, path: str, export: Export) -> None:
-        folder, self._name = os.path.split(path)
+    def __init__(self, door: Door) -> None:
+        """UsageError if it cannot be had."""
+        try:
+            self._make(door)
+        except OSError as error:
+            raise UsageError(f"--{door.option}: {door.path}: {error.strerror}") from None
+
+    def _make(self, door: Door) -> None:
+        folder, self._name = os.path.split(door.path)
         self._folder = _open_folder(folder or ".")
         self._inode = -1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with _locked(self._folder):
-                self._refuse_occupied(path)
-                self._listen(export)
+                self._refuse_occupied(door)
+                self._listen(door)
         except BaseException:
             self.socket.close()
             self.close()
@@ -134,23 +150,22 @@ class _Place:
             if os.path.samestat(os.fstat(self._inode), there):
                 os.unlink(self._name, dir_fd=self._folder)
 
-    def let_in(self, export: Export) -> None:
-        """Whoever may connect holds the export: nobody but our own user, unless told otherwise."""
+    def let_in(self, door: Door) -> None:
+        """Whoever may connect holds what is there: our own user alone, unless told otherwise."""
         inode = fd_path(self._inode)
         with contextlib.suppress(OSError):  # with a list of the folder the mode means more people
             os.removexattr(inode, _ACL)
-        gid = export.socket_gid
-        if gid is not None:
+        if door.gid is not None:
             try:
-                os.chown(inode, -1, gid)
+                os.chown(inode, -1, door.gid)
             except OSError as error:
                 raise UsageError(
-                    f"--socket-group: this user may not give a socket to {export.socket_group} "
+                    f"--socket-group: this user may not give a socket to {door.group} "
                     f"({error.strerror}); choose a group of its own, or run ninepd as root"
                 ) from None
-        os.chmod(inode, export.socket_permissions)
+        os.chmod(inode, door.mode)
 
-    def _refuse_occupied(self, path: str) -> None:
+    def _refuse_occupied(self, door: Door) -> None:
         """UsageError unless there is nothing, or a socket that nobody listens on any more."""
         try:
             occupant = _hold(self._name, self._folder)
@@ -159,24 +174,30 @@ class _Place:
         try:
             if not stat.S_ISSOCK(os.fstat(occupant).st_mode):
                 raise UsageError(
-                    f"--socket-path: {path} exists and is no socket; remove it or choose another"
+                    f"--{door.option}: {door.path} exists and is no socket; remove it or choose "
+                    "another"
                 )
             if _is_served(occupant):
-                raise UsageError(f"--socket-path: {path} is in use by another process")
+                raise UsageError(f"--{door.option}: {door.path} is in use by another process")
         finally:
             os.close(occupant)
 
-    def _listen(self, export: Export) -> None:
+    def _listen(self, door: Door) -> None:
         with _private_folder(self._folder) as private:
             self.socket.bind(f"{fd_path(private)}/{_UNNAMED}")
             try:
                 self._inode = _hold(_UNNAMED, private)
-                self.let_in(export)
+                self.let_in(door)
                 self.socket.listen(_BACKLOG)
                 os.rename(_UNNAMED, self._name, src_dir_fd=private, dst_dir_fd=self._folder)
             except BaseException:
                 os.unlink(_UNNAMED, dir_fd=private)
                 raise
+
+
+def _door(path: str, export: Export) -> Door:
+    mode, gid = export.socket_permissions, export.socket_gid
+    return Door("socket-path", path, mode, gid, export.socket_group)
 
 
 def _bound(sock: socket.socket) -> str:

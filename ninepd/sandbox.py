@@ -15,7 +15,7 @@ nothing can be given to a group; so there they must be asked for.
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from ninepd import syscalls, walls
@@ -198,6 +198,45 @@ def watch(users: bool) -> None:
         with _wall("memory of its own"):
             walls.hide_memory()
     _filter(watches=True, by_handle=True)
+
+
+def isolate() -> None:
+    """This process needs nothing of the host but the descriptors that it has, and no rights.
+
+    Before it has other threads, and a loop. What cannot be had here of this it does without.
+    """
+    if has_capabilities(CAP_SYS_ADMIN):
+        _try_wall("namespaces", _leave)
+    if walls.landlock_version():
+        _try_wall("Landlock", _forbid_files)
+    give_up(frozenset())
+    hold_standard_descriptors()
+    _try_wall("memory of its own", walls.hide_memory)
+    _filter(watches=False, by_handle=False)
+
+
+def _try_wall(name: str, build: Callable[[], None]) -> None:
+    try:
+        build()
+    except OSError as error:
+        log.info("control: no %s: %s", name, error.strerror)
+
+
+def _leave() -> None:
+    """Into namespaces, and a root that is empty."""
+    os.chdir("/")
+    walls.unshare(Unshare.MOUNTS | Unshare.NETWORK | Unshare.IPC | Unshare.UTS)
+    root = walls.new_tmpfs()
+    walls.follow_host()
+    walls.change_root(root)
+    walls.restrict_tree(root, _ROOT)
+    os.close(root)
+
+
+def _forbid_files() -> None:
+    ruleset, _ = walls.landlock_ruleset(walls.landlock_version())
+    walls.landlock_enforce(ruleset)
+    os.close(ruleset)
 
 
 def _filter(watches: bool, by_handle: bool) -> None:

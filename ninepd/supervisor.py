@@ -31,21 +31,17 @@ from ninepd.capabilities import (
     needed,
     privileged,
 )
+from ninepd.children import Child, Watcher, Worker
 from ninepd.config import Config, Export
 from ninepd.errors import UsageError
 from ninepd.listener import check_descriptor
 from ninepd.logs import Format, Level, concerning, start_logging
 from ninepd.offer import Offer
-from ninepd.presence import Presence
 from ninepd.process import close_inherited, name_process, raise_file_limit
 from ninepd.reload import Plan, Read, compare, sockets
 
 log = logging.getLogger(__name__)
 
-BACK_OFF: Final = (0, 0.1, 0.5, 1, 2, 5)
-"""Seconds from the end of a process to the start of the next, one after the other."""
-_LIVED_SECONDS: Final = 10
-"""What a process must have lived, so that its end is the first one again."""
 _LEAVE_SECONDS: Final = 1.8
 """From SIGTERM to SIGKILL: more than requests that are out are given (daemon.py)."""
 _KILL_SECONDS: Final = 0.1
@@ -53,51 +49,12 @@ _KILL_SECONDS: Final = 0.1
 _SIGNALS: Final = daemon.HANDLED | {signal.SIGCHLD, signal.SIGIO}
 
 
-class _Worker:
-    """An export and its process."""
-
-    def __init__(self, offer: Offer) -> None:
-        self.offer = offer
-        self.tag = offer.export.tag
-        self.pid = 0
-        self.due: float | None = 0.0
-        """When it is to be started, if it does not run."""
-        self.started = 0.0
-        self.presence = Presence()
-        self.leaves = False
-        """Was its process told to retire?"""
-        self.withdrawn = False
-        """Is the export to be served no more?"""
-        self._deaths = 0
-
-    def put_off(self) -> float:
-        """It has died: when is it to be started again? Returns the seconds until then."""
-        now = time.monotonic()
-        if now - self.started >= _LIVED_SECONDS:
-            self._deaths = 0
-        seconds = BACK_OFF[min(self._deaths, len(BACK_OFF) - 1)]
-        self._deaths += 1
-        self.due = now + seconds
-        return seconds
-
-    def leave(self) -> None:
-        """Its process, if there is one, serves its guest as long as that stays, and nobody else."""
-        self._deaths = 0
-        self.due = None if self.pid or self.withdrawn else 0.0
-        if self.pid and not self.leaves:
-            self.leaves = True
-            os.kill(self.pid, daemon.RETIRE)
-        if self.pid and self.presence.look():
-            log.warning(
-                "reload: %s: its guest is connected, and keeps this export as it is until it "
-                "disconnects",
-                self.tag,
-            )
-
-
 class _Supervisor:
-    def __init__(self, config: Config, read: Read, offers: list[Offer], file_limit: int) -> None:
-        self._workers = [_Worker(offer) for offer in offers]
+    def __init__(
+        self, config: Config, read: Read | None, offers: list[Offer], file_limit: int
+    ) -> None:
+        self._workers = [Worker(offer, config.watched) for offer in offers]
+        self._watcher = Watcher(config) if config.watched else None
         self._config = config
         self._read = read
         self._file_limit = file_limit
@@ -120,19 +77,23 @@ class _Supervisor:
         gc.freeze()
         self._shut_in()
         self._start_due()
-        while self._running or self._next_due is not None:
+        while any(worker.pid or worker.due is not None for worker in self._workers):
             self._tell_manager()
             number = self._wait()
+            if self._watcher is not None and self._watcher.bell.rung():
+                log.info("asked to reload by way of --control-path")
+                os.kill(os.getpid(), signal.SIGHUP)
             if number in {signal.SIGTERM, signal.SIGINT}:
                 systemd.notify("STOPPING=1")
                 self._stop()
                 return 0
             if number == signal.SIGHUP:
                 self._reload()
-            for worker, status in self._reap():
-                with concerning(worker.tag):
-                    self._follow_up(worker, status)
+            for child, status in self._reap():
+                with child.concerning():
+                    self._follow_up(child, status)
             self._start_due()
+        self._stop()
         return self._status
 
     def _shut_in(self) -> None:
@@ -152,6 +113,9 @@ class _Supervisor:
     # The file, again
 
     def _reload(self) -> None:
+        if self._read is None:
+            log.warning("reload: there is no configuration file to read again")
+            return
         usec = time.monotonic_ns() // 1000
         systemd.notify("RELOADING=1", f"MONOTONIC_USEC={usec}", wait=True)
         served = {w.tag: w.offer.export for w in self._workers if not w.withdrawn}
@@ -177,8 +141,10 @@ class _Supervisor:
         for number, export in plan.added:
             with concerning(export.tag), _reported(), _placed(wanted, number):
                 self._add(workers.get(export.tag), export)
+        if self._watcher is not None and (plan.removed or plan.changed or plan.added):
+            self._watcher.leave()
 
-    def _remove(self, worker: _Worker) -> None:
+    def _remove(self, worker: Worker) -> None:
         log.info("%s: served no more", worker.tag)
         worker.offer.withdraw()
         worker.withdrawn = True
@@ -186,7 +152,7 @@ class _Supervisor:
         if not worker.pid:
             self._forget(worker)
 
-    def _change(self, worker: _Worker, export: Export) -> None:
+    def _change(self, worker: Worker, export: Export) -> None:
         before = worker.offer
         worker.offer = self._offer(export, before)
         if worker.offer.listener is before.listener:
@@ -195,11 +161,11 @@ class _Supervisor:
             before.withdraw()
         worker.leave()
 
-    def _add(self, worker: _Worker | None, export: Export) -> None:
+    def _add(self, worker: Worker | None, export: Export) -> None:
         """``worker`` has served an export of this tag, and ends."""
         offer = self._offer(export)
         if worker is None:
-            self._workers.append(_Worker(offer))
+            self._workers.append(Worker(offer, self._config.watched))
         else:
             worker.offer, worker.withdrawn = offer, False
 
@@ -210,9 +176,11 @@ class _Supervisor:
         _announce(offer)
         return offer
 
-    def _forget(self, worker: _Worker) -> None:
-        worker.presence.close()
+    def _forget(self, worker: Worker) -> None:
+        worker.forget()
         self._workers.remove(worker)
+        if self._watcher is not None:
+            self._watcher.leave()
 
     def _tell_manager(self) -> None:
         """That we are alive, if it is time; and what has changed."""
@@ -236,13 +204,17 @@ class _Supervisor:
     # Waiting
 
     @property
-    def _running(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.pid]
+    def _children(self) -> list[Child]:
+        return [*self._workers] if self._watcher is None else [*self._workers, self._watcher]
+
+    @property
+    def _running(self) -> list[Child]:
+        return [child for child in self._children if child.pid]
 
     @property
     def _next_due(self) -> float | None:
         """When the next process is to be started."""
-        return min((w.due for w in self._workers if w.due is not None), default=None)
+        return min((c.due for c in self._children if c.due is not None), default=None)
 
     def _wait(self) -> int | None:
         """The next signal; None if it is time for something."""
@@ -256,83 +228,87 @@ class _Supervisor:
 
     def _start_due(self) -> None:
         now = time.monotonic()
-        for worker in self._workers:
-            if worker.due is not None and worker.due <= now:
-                with concerning(worker.tag):
-                    self._start(worker)
+        for child in self._children:
+            if child.due is not None and child.due <= now:
+                with child.concerning():
+                    self._start(child)
 
-    def _start(self, worker: _Worker) -> None:
+    def _start(self, child: Child) -> None:
         try:
             pid = os.fork()
         except OSError as error:
-            wait = worker.put_off()
-            log.warning("%s: no process for it, next try in %g s: %s", worker.tag, wait, error)
+            wait = child.put_off()
+            log.warning("%s: no process for it, next try in %g s: %s", child.tag, wait, error)
             return
         if not pid:
-            self._become(worker)
-        worker.pid, worker.due, worker.started = pid, None, time.monotonic()
-        if not worker.offer.listener.listening:
-            worker.offer.close()  # the descriptor of a front end, which is its process's alone
+            self._become(child)
+        child.runs(pid)
 
-    def _become(self, worker: _Worker) -> NoReturn:
+    def _become(self, child: Child) -> NoReturn:
         """The life of a child."""
         status = 1
         try:
             systemd.leave()
-            worker.offer.listener.forget_name()
-            for other in self._workers:
-                if other is not worker:
-                    other.offer.close()
-                    other.presence.close()
-            daemon.serve(worker.offer, self._config.once, worker.presence.tell)
+            if isinstance(child, Worker):
+                for other in self._workers:
+                    if other is not child:
+                        other.close()
+                if self._watcher is not None:
+                    self._watcher.close()
+                child.serve(self._config.once)
+            elif self._watcher is not None:
+                self._watcher.serve(self._workers)
             status = 0
         except UsageError as error:
-            log.error("%s: %s", worker.tag, error)  # noqa: TRY400 - a sentence
+            log.error("%s: %s", child.tag, error)  # noqa: TRY400 - a sentence
         except BaseException:
-            log.exception("%s: a bug ended its process", worker.tag)
+            log.exception("%s: a bug ended its process", child.tag)
         finally:
             logging.shutdown()
             os._exit(status)
 
-    def _reap(self) -> Iterator[tuple[_Worker, int]]:
+    def _reap(self) -> Iterator[tuple[Child, int]]:
         """Processes that have ended, and their exit status, or minus the signal."""
-        for worker in self._running:
-            pid, status = os.waitpid(worker.pid, os.WNOHANG)
+        for child in self._running:
+            pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid:
-                worker.pid = 0
-                worker.presence.reset()
-                yield worker, os.waitstatus_to_exitcode(status)
+                child.ended()
+                yield child, os.waitstatus_to_exitcode(status)
 
-    def _follow_up(self, worker: _Worker, status: int) -> None:
+    def _follow_up(self, child: Child, status: int) -> None:
         """A process has ended."""
-        if worker.leaves:
-            worker.leaves = False
+        if child.leaves:
+            child.leaves = False
             if status:
-                log.error("%s: its process %s", worker.tag, _described(status))
-            if worker.withdrawn:
-                self._forget(worker)
+                log.error("%s: its process %s", child.tag, _described(status))
+            if isinstance(child, Worker) and child.withdrawn:
+                self._forget(child)
             else:
-                worker.due = 0.0
+                child.due = 0.0
             return
-        if not worker.offer.listener.listening or (self._config.once and not status):
-            worker.offer.withdraw()
+        if isinstance(child, Worker) and (
+            not child.offer.listener.listening or (self._config.once and not status)
+        ):
+            child.offer.withdraw()
             if status:
-                log.error("%s: its process %s", worker.tag, _described(status))
+                log.error("%s: its process %s", child.tag, _described(status))
                 self._status = 1
             return
-        wait = worker.put_off()
+        wait = child.put_off()
         log.error(
-            "%s: its process %s; the next starts in %g s", worker.tag, _described(status), wait
+            "%s: its process %s; the next starts in %g s", child.tag, _described(status), wait
         )
 
     def _signal(self, number: int) -> None:
-        for worker in self._running:
-            os.kill(worker.pid, number)  # not reaped yet, so the number is still its own
+        for child in self._running:
+            os.kill(child.pid, number)  # not reaped yet, so the number is still its own
 
     def _stop(self) -> None:
         """All leave, willing or not. Sockets go first: nobody shall connect in vain."""
         for worker in self._workers:
             worker.offer.withdraw()
+        if self._watcher is not None:
+            self._watcher.withdraw()
         for number, seconds in ((signal.SIGTERM, _LEAVE_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
             self._signal(number)
             deadline = time.monotonic() + seconds
@@ -375,7 +351,7 @@ def serve(config: Config, read: Read | None) -> int:
         for offer in offers:
             with concerning(offer.export.tag):
                 _announce(offer)
-        if read is not None:
+        if read is not None or config.watched:
             return _Supervisor(config, read, offers, file_limit).run()
         daemon.serve(offers[0], config.once)
         return 0

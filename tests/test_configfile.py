@@ -232,6 +232,9 @@ def test_keys_of_the_daemon(tmp_path: Path, good: str) -> None:
     above = 'once = true\nlog-level = "error"\nlog-format = "json"\n'
     config = load(write(tmp_path, above + good))
     assert (config.once, config.log_level, config.log_format) == (True, "error", "json")
+    above += 'control-path = "/c"\nmetrics-listen = "[::1]:9564"\n'
+    config = load(write(tmp_path, above + good))
+    assert (config.control_path, config.metrics_listen) == ("/c", "[::1]:9564")
     named = {line.split(" ")[0].replace("-", "_") for line in above.splitlines()}
     assert named | {"exports", "placed"} == {field.name for field in fields(Config)}
 

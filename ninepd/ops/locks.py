@@ -190,6 +190,17 @@ class LockTable:
             inodes = list(self._inodes.values())
         return [(inode.file, inode.ranges.all()) for inode in inodes if inode.file is not None]
 
+    def some(self, start: int, count: int) -> tuple[list[tuple[Handle, Range]], int | None]:
+        """Up to so many ranges behind the first ``start``, and where to go on; None if all are out.
+
+        While requests may change them.
+        """
+        with self._lock:
+            inodes = list(self._inodes.values())
+        ranges = [(inode.handle, held) for inode in inodes for held in inode.ranges.all()]
+        end = start + count
+        return ranges[start:end], end if end < len(ranges) else None
+
     def load(self, file: Opened, ranges: list[Range]) -> None:
         """Take over a descriptor that holds these on the host."""
         self._tree.handles.pin([file], [])

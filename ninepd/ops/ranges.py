@@ -137,7 +137,8 @@ class Ranges:
         return bool(self._writers)
 
     def all(self) -> list[Range]:
-        return [held for ranges in self._owners.values() for held in ranges]
+        """Whole, even while another thread changes them: then a mixture of before and after."""
+        return [held for ranges in list(self._owners.values()) for held in ranges]
 
     def of(self, owner: Owner, start: int, end: int) -> list[Range]:
         """What an owner has of [start, end)."""

@@ -36,6 +36,22 @@ class FidTable(Generic[F]):
         low = [(number, fid) for number, fid in enumerate(self._low) if fid is not None]
         return low + sorted(self._high.items(), key=lambda item: item[0])
 
+    def some(self, start: int, count: int) -> tuple[list[tuple[int, F]], int | None]:
+        """Up to so many fids from a place on, and where to go on; None if there are no more.
+
+        A piece takes no longer than a copy of what is in the dictionary. While another thread may
+        change the table: then it is a mixture of before and after.
+        """
+        low = self._low[start : start + max(count, _GAP)]
+        found = [(start + at, fid) for at, fid in enumerate(low) if fid is not None]
+        if len(found) > count:
+            return found[:count], found[count][0]
+        if low:
+            return found, start + len(low)
+        at = max(start - len(self._low), 0)
+        high = list(self._high.items())[at : at + count]
+        return high, start + count if len(high) == count else None
+
     def add(self, number: int, fid: F) -> None:
         """Give a number that is free."""
         low = self._low
