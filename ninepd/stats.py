@@ -112,6 +112,8 @@ class Stats(Reader):
     def __init__(self, memory: mmap.mmap | None = None) -> None:
         """Without ``memory`` for this process alone."""
         super().__init__(mmap.mmap(-1, SIZE) if memory is None else memory)
+        self.stock = (0, 0, 0, 0)
+        """What was told last of what a guest holds: fids, files, descriptors, reclaimed ones."""
 
     def forget_gauges(self) -> None:
         """The process has ended, and with it all that it held."""

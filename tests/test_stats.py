@@ -5,9 +5,14 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from ninepd.export.local import LocalHost
+from ninepd.export.tree import Tree
+from ninepd.limits import Limits
+from ninepd.ops.guest import Service
 from ninepd.stats import BOUNDS, SIZE, Messages, Reader, Stats, reader, shared
 from tests.support.vring_rig import TREAD, TWRITE, Rig, message
 
@@ -140,3 +145,25 @@ def test_what_nobody_shall_see_is_counted_all_the_same() -> None:
     with closing(Rig(stats=stats)) as rig:
         answered(rig, message(), RREAD, bytes(4))
     assert stats.numbers.taken == 1
+
+
+def test_what_a_guest_holds(tmp_path: Path) -> None:
+    """Totals go on with the next guest; what there is now is what the last has said."""
+    stats = Stats()
+    tree = Tree(os.open(tmp_path, os.O_PATH), LocalHost(), budget=100)
+    budget = tree.handles.budget
+    first, second = (Service(tree, Limits(), "test", stats=stats) for _ in range(2))
+    first.guest.add(1, tree.handles.share(tree.root), 0)
+    budget.reclaims = 3
+    first.take_stock()
+    assert (stats.numbers.fids, stats.numbers.reclaims) == (1, 3)
+    second.guest.add(1, tree.handles.share(tree.root), 0)
+    second.guest.add(2, tree.handles.share(tree.root), 0)
+    budget.reclaims = 2
+    second.take_stock()
+    first.take_stock()
+    second.take_stock()
+    assert (stats.numbers.fids, stats.numbers.reclaims, stats.numbers.descriptors) == (2, 5, 1)
+    for service in (first, second):
+        service.guest.end()
+    tree.close()

@@ -166,7 +166,7 @@ class Budget:
         self.reclaimed = 0
         """Holders that are reclaimed."""
         self.reclaims = 0
-        """How often one was."""
+        """How often one was, since that was taken note of."""
         self.files = 0
         """Holders that are open files, reclaimed or not."""
         self._open: list[Holder] = []
@@ -202,6 +202,12 @@ class Budget:
         if last is not holder:  # it fills the gap
             self._open[holder.at] = last
             last.at = holder.at
+
+    def take_reclaims(self) -> int:
+        """Take note of them."""
+        with self.lock:
+            reclaims, self.reclaims = self.reclaims, 0
+        return reclaims
 
     def pin(self, holders: list[Holder], pins: list[Holder]) -> None:
         """Keep their descriptors open; adds them to ``pins``, for ``unpin``."""

@@ -200,7 +200,6 @@ class Service:
     ) -> None:
         """``stats`` is where it counts, if somebody shall see it."""
         self.stats: Final = Stats() if stats is None else stats
-        self._stock = (0, 0, 0, 0, 0)
         self.limits: Final = limits
         self.throttle: Final = throttle
         """How fast guests may read and write, if that is limited."""
@@ -218,18 +217,14 @@ class Service:
     def take_stock(self) -> None:
         """Tell whoever watches what the guest holds now."""
         budget = self._tree.handles.budget
-        stock = (
-            len(self.guest.session.fids),
-            budget.files,
-            budget.used,
-            budget.reclaimed,
-            budget.reclaims,
-        )
-        if stock != self._stock:
-            self._stock = stock
-            numbers = self.stats.numbers
-            numbers.fids, numbers.files, numbers.descriptors, numbers.reclaimed = stock[:4]
-            numbers.reclaims = stock[4]
+        stats = self.stats
+        stock = (len(self.guest.session.fids), budget.files, budget.used, budget.reclaimed)
+        if stock != stats.stock:
+            stats.stock = stock
+            numbers = stats.numbers
+            numbers.fids, numbers.files, numbers.descriptors, numbers.reclaimed = stock
+        if budget.reclaims:
+            stats.numbers.reclaims += budget.take_reclaims()
 
     def _fresh(self) -> Guest:
         return Guest(self._tree, self.limits, self._tag)
