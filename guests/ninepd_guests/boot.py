@@ -129,9 +129,11 @@ def boot_uml(
     shares: Sequence[Share] = (),
     *,
     memory: str = "256M",
+    lines: Sequence[int] = (),
     extra_args: Sequence[str] = (),
     timeout: float = BOOT_LIMIT,
 ) -> Guest:
+    """A guest that has come up. ``lines``: descriptors that are its serial lines from ttyS1 on."""
     linux = uml_kernel()
     image = initramfs(agent(), busybox())
     for share in shares:
@@ -146,13 +148,14 @@ def boot_uml(
             linux, f"mem={memory}", f"initrd={image}", "seccomp=on", "quiet",
             f"uml_dir={folder.name}/", "con=null", "con0=null,fd:1", "ssl=null",
             f"ssl0=fd:{line_end.fileno()}", "agent=/dev/ttyS0",
+            *(f"ssl{number}=fd:{fd}" for number, fd in enumerate(lines, 1)),
             *(f"virtio_uml.device={share.socket}:{VIRTIO_9P}:{number}"
               for number, share in enumerate(shares)),
             *extra_args,
         ]  # fmt: skip
         # The guest's memory is a file there, which must be in memory and may be mapped executable.
         env = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # noqa: S108
-        host = HostProgram(arguments, env=env, pass_fds=(line_end.fileno(),))
+        host = HostProgram(arguments, env=env, pass_fds=(line_end.fileno(), *lines))
     return _up(Guest(host, Channel(line, host.evidence, window=UML_WINDOW), folder=folder), timeout)
 
 
