@@ -116,6 +116,8 @@ class ExportServer:
         Storage that does not answer is not waited for.
         """
         self._accept_no_more()
+        if self._inspection is not None:
+            self._loop.remove_reader(self._inspection.fileno())
         self._offer.listener.socket.close()
         connection, self._connection = self._connection, None
         if connection is not None:

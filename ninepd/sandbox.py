@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, NamedTuple
 
 from ninepd import syscalls, walls
@@ -212,14 +213,14 @@ def isolate() -> None:
     give_up(frozenset())
     hold_standard_descriptors()
     _try_wall("memory of its own", walls.hide_memory)
-    _filter(watches=False, by_handle=False)
+    _try_wall("filter of system calls", partial(_filter, watches=False, by_handle=False))
 
 
 def _try_wall(name: str, build: Callable[[], None]) -> None:
     try:
         build()
-    except OSError as error:
-        log.info("control: no %s: %s", name, error.strerror)
+    except (OSError, _WallError) as error:
+        log.warning("control: no %s: %s", name, error)
 
 
 def _leave() -> None:
