@@ -387,3 +387,59 @@ def test_a_place_that_is_taken_is_told_at_the_start(
     value = str(path) if option == "--control-path" else f"unix:{path}"
     with pytest.raises(AssertionError, match=rf"ninepd: {option}: {path} exists and is no socket"):
         start_daemon(option, value)
+
+
+def test_it_follows_a_reload(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Exports come and go; what the others have counted stays."""
+    path = str(tmp_path / "control.sock")
+    config = tmp_path / "config.toml"
+
+    def write(*tags: str) -> None:
+        text = f'control-path = "{path}"\nmetrics-listen = "unix:{tmp_path}/metrics.sock"\n'
+        for tag in tags:
+            (tmp_path / tag).mkdir(exist_ok=True)
+            text += f'[[export]]\nexport = "{tmp_path}/{tag}"\ntag = "{tag}"\n'
+            text += f'socket-path = "{tmp_path}/{tag}.sock"\n'
+        config.write_text(text)
+
+    def follow(*tags: str) -> None:
+        write(*tags)
+        with ControlClient(path) as client:
+            client.write(b"reload", "ctl")
+        eventually(lambda: names(path) == sorted(tags), "the tree to follow", FOREVER)
+
+    def requests(tag: str) -> float:
+        status, body = get(f"{tmp_path}/metrics.sock")
+        assert status == 200
+        return samples(body)[f'ninepd_ring_requests_total{{export="{tag}"}}']
+
+    write("one")
+    start_daemon(config=str(config))
+    with Client(f"{tmp_path}/one.sock") as guest:
+        guest.attach()
+        counted = requests("one")
+        assert counted > 0
+        follow("one", "two")
+        with Client(f"{tmp_path}/two.sock") as other:
+            other.attach()
+            assert requests("two") > 0
+        assert requests("one") == counted
+    follow("two")
+    with ControlClient(path) as client:
+        assert b"process_restarts 0\n" in client.read("exports", "two", "stats")
+
+
+def names(path: str) -> list[str]:
+    """Of the exports; none while another process takes the place of the one that shows them."""
+    try:
+        with ControlClient(path) as client:
+            return client.names("exports")
+    except ControlError:
+        return []
+
+
+def test_without_a_file_there_is_nothing_to_read_again(watched: Watched) -> None:
+    watched.daemon.process.send_signal(signal.SIGHUP)
+    assert watched.numbers()["process"]
+    watched.daemon.stop()
+    assert "reload: there is no configuration file to read again" in watched.daemon.log
