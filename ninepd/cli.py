@@ -29,6 +29,8 @@ NO_GUESTS: Final = (
     "the demo needs ninepd-guests: install it from a checkout with pip install ./guests"
 )
 
+NO_RICH: Final = "top needs rich: install it with pip install 'ninepd[top]'"
+
 
 def _fail(message: str) -> NoReturn:
     write_error(f"ninepd: {message}")
@@ -490,6 +492,29 @@ def fids(tag: str, control_path: str) -> None:
     """List what the guest of an export holds."""
     with Client(control_path) as client:
         click.echo(client.read("exports", name_of(tag), "fids"), nl=False)
+
+
+@cli.command
+@_control_option
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="From one look to the next.",
+)
+@click.option("--count", type=click.IntRange(1), metavar="N", help="End after so many looks.")
+def top(control_path: str, interval: float, count: int | None) -> None:
+    """Show live what the exports of a running daemon do."""
+    # Nothing that serves needs what draws this.
+    try:
+        from ninepd.control.top import show
+    except ModuleNotFoundError as error:
+        if error.name != "rich":
+            raise
+        raise UsageError(NO_RICH) from None
+    show(control_path, interval, count)
 
 
 @cli.command

@@ -14,9 +14,9 @@ from ninepd.export.tree import Tree
 from ninepd.limits import Limits
 from ninepd.ops.guest import Service
 from ninepd.stats import BOUNDS, SIZE, Messages, Reader, Stats, reader, shared
-from tests.support.vring_rig import TREAD, TWRITE, Rig, message
+from tests.support.vring_rig import RREAD, TREAD, TWRITE, Rig, answered, message
 
-RLERROR, RERROR, RREAD = 7, 107, 117
+RLERROR, RERROR = 7, 107
 
 
 @pytest.fixture
@@ -26,16 +26,6 @@ def watched() -> Iterator[tuple[Rig, Reader]]:
     os.close(fd)
     with closing(Rig(stats=stats)) as rig:
         yield rig, seen
-
-
-def answered(rig: Rig, request: bytes, kind: int, body: bytes = b"", more: int = 0) -> None:
-    """``more`` bytes of the reply are said to stand in the guest's memory already."""
-    head = rig.driver.submit([request], [4096])
-    rig.take()
-    rig.put(head, bytes(7) + body)
-    rig.push((head, kind, 7 + len(body), 7 + len(body) + more))
-    rig.driver.wait_used()
-    rig.driver.reply(head)
 
 
 def only(seen: Reader) -> Messages:

@@ -13,7 +13,7 @@ from ninepd.stats import Stats
 from ninepd.vring import REQUEST, GuestMemory, Vring, done_entry
 from tests.support.driver import Driver, Segment
 
-TWRITE, TREAD = 118, 116
+TWRITE, TREAD, RREAD = 118, 116, 117
 UA = 0x7F00_0000_0000
 MIB = 1 << 20
 NOWHERE = 1 << 50
@@ -135,6 +135,16 @@ def message(body: bytes = b"", message_type: int = TREAD, tag: int = 1) -> bytes
         + tag.to_bytes(2, "little")
         + body
     )
+
+
+def answered(rig: Rig, request: bytes, kind: int, body: bytes = b"", more: int = 0) -> None:
+    """A request and its reply, of which ``more`` bytes stand in the guest's memory already."""
+    head = rig.driver.submit([request], [4096])
+    rig.take()
+    rig.put(head, bytes(7) + body)
+    rig.push((head, kind, 7 + len(body), 7 + len(body) + more))
+    rig.driver.wait_used()
+    rig.driver.reply(head)
 
 
 def open_fds() -> int:
