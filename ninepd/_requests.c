@@ -177,12 +177,12 @@ static int finish(np_vring *v, struct reply *done, uint64_t now) {
     if (!slot || done->used_len > room || done->copy_len > min(room, v->config.reply_stride) ||
         (done->type && done->copy_len < PREFIX))
         return -EINVAL;
-    if (slot->gone || !done->type) {
+    if (slot->gone || !done->type)
         count(&v->stats->dropped, 1);
-        done->used_len = slot->gone ? 0 : done->used_len;
-    }
-    if (slot->gone)
+    if (slot->gone) {
+        done->used_len = 0;
         return 0;
+    }
     uint8_t *reply = v->config.replies + (size_t)done->slot * v->config.reply_stride;
     if (done->type) {
         write_header(v, done, reply);

@@ -132,8 +132,8 @@ static const uint16_t nd_watching_calls[] = {
 #ifdef SYS_fork
     SYS_fork, /* of musl */
 #endif
-    SYS_connect, SYS_bind, SYS_listen, SYS_memfd_create, SYS_seccomp, 444 /* landlock_create_ruleset */,
-    445 /* landlock_add_rule */, 446 /* landlock_restrict_self */,
+    SYS_connect, SYS_bind, SYS_listen, SYS_memfd_create, SYS_seccomp,
+    444 /* landlock_create_ruleset */, 445 /* landlock_add_rule */, 446 /* landlock_restrict_self */,
 };
 /* clang-format on */
 

@@ -6,6 +6,9 @@ can be served, and forks. When it is told to it reads the file again, and does t
 new in it. It keeps the sockets open on which they listen, so that a process that is
 started again goes on with the same one, but accepts on none and never has a front end's descriptor.
 
+If others shall be able to look at the exports, there is a process for that as well (control/), and
+a supervisor be it for one export.
+
 It has one thread, no loop, and sleeps until a signal comes. If it is killed itself the exports are
 served on, because guests need them more than order; a service manager that kills the whole control
 group ends them too.
