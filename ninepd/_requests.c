@@ -111,8 +111,8 @@ static int take_batch(np_vring *v) {
     if (lost(v))
         return -1; /* what was just copied may be zeros */
     if (taken) {
-        count(&v->stats->taken, taken);
-        count(&v->stats->batches, 1);
+        bump(&v->stats->taken, taken);
+        bump(&v->stats->batches, 1);
         gauge(&v->stats->in_flight, v->counters->in_flight);
     }
     return taken < n && taken == 0 ? -1 : (int)taken;
@@ -140,10 +140,10 @@ static void notify(np_vring *v) {
     enum signal_kind kind =
         (enum signal_kind)atomic_load_explicit(&v->call_kind, memory_order_acquire);
     if (wanted && kind != SIGNAL_NONE) {
-        count(&v->stats->calls, 1);
+        bump(&v->stats->calls, 1);
         send_signal(atomic_load_explicit(&v->call, memory_order_relaxed), kind);
     } else if (!wanted) {
-        count(&v->stats->calls_saved, 1);
+        bump(&v->stats->calls_saved, 1);
     }
 }
 
@@ -178,7 +178,7 @@ static int finish(np_vring *v, struct reply *done, uint64_t now) {
         (done->type && done->copy_len < PREFIX))
         return -EINVAL;
     if (slot->gone || !done->type)
-        count(&v->stats->dropped, 1);
+        bump(&v->stats->dropped, 1);
     if (slot->gone) {
         done->used_len = 0;
         return 0;

@@ -47,7 +47,7 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static void count(uint64_t *total, uint64_t more) {
+static void bump(uint64_t *total, uint64_t more) {
     __atomic_fetch_add(total, more, __ATOMIC_RELAXED);
 }
 
@@ -82,11 +82,11 @@ static void count_reply(np_stats *stats, uint8_t type, uint64_t ns, uint64_t in,
                         const uint8_t *reply, uint32_t len) {
     bool known = !(type & 1) && type / 2 < NP_STATS_KINDS;
     np_message_stats *message = &stats->messages[known ? type / 2 : 0];
-    count(&message->requests, 1);
-    count(&message->bytes_in, in);
-    count(&message->bytes_out, out);
-    count(&message->ns, ns);
-    count(&message->buckets[bucket_of(ns)], 1);
+    bump(&message->requests, 1);
+    bump(&message->bytes_in, in);
+    bump(&message->bytes_out, out);
+    bump(&message->ns, ns);
+    bump(&message->buckets[bucket_of(ns)], 1);
     if (reply[4] == RLERROR || reply[4] == RERROR)
-        count(&message->errors[told_error(reply, len)], 1);
+        bump(&message->errors[told_error(reply, len)], 1);
 }

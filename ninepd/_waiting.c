@@ -91,7 +91,7 @@ static int doze(np_vring *v) {
                             {.fd = v->config.kick, .events = POLLIN}};
     /* Without a kick descriptor, or after many kicks for nothing: look every millisecond. */
     bool scan = v->config.kick < 0 || v->idle.kicks > IDLE_KICKS_MAX;
-    count(&v->stats->sleeps, 1);
+    bump(&v->stats->sleeps, 1);
     if (poll_until_alarm(v, fds, scan ? 1 : 2, scan ? 1 : -1) < 0)
         return errno == EINTR ? 0 : broken(&v->chains, "poll: %s", strerror(errno));
     if (fds[0].revents) {
@@ -102,7 +102,7 @@ static int doze(np_vring *v) {
     if (scan) {
         v->idle.kicks = IDLE_KICKS_MAX;
     } else if (fds[1].revents) {
-        count(&v->stats->kicks, 1);
+        bump(&v->stats->kicks, 1);
         v->idle.kicks++;
         return drain(v, "kick", v->config.kick);
     }
@@ -137,7 +137,7 @@ static int idle(np_vring *v, uint64_t max_ns) {
             if (something(v)) {
                 v->idle.window_ns = window_ns;
                 v->idle.crowded = yielded ? v->idle.crowded + 1 : 0;
-                count(&v->stats->spin_hits, 1);
+                bump(&v->stats->spin_hits, 1);
                 return 0;
             }
         uint64_t before = now_ns();
