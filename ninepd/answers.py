@@ -36,7 +36,8 @@ class Answers:
         self._name = name
         self._stride = vring.reply_stride
         self._replies = vring.replies
-        self._tracing = trace.isEnabledFor(logging.DEBUG)
+        self.tracing = False
+        """Is each reply to be logged?"""
         self._done: list[i64] = []
         self.session: Session[Fid] = Session(words_for, 0)
         """That the replies belong to: in its dialect errors are told."""
@@ -49,7 +50,7 @@ class Answers:
 
     def finish(self, slot: int, tag: int, reply: Reply, room: int) -> None:
         """Encode a reply of at most ``room`` bytes; one that does not fit becomes an error."""
-        if self._tracing:
+        if self.tracing:
             readable = self._readable(slot, reply)
             extra = {"p9_tag": tag, "p9_message": readable}
             trace.debug("%s: tag %d %s", self._name, tag, readable, extra=extra)

@@ -13,6 +13,7 @@ from ninepd import daemon
 from ninepd.config import Config
 from ninepd.control.doors import Doors
 from ninepd.control.links import Links
+from ninepd.inspection import Ends
 from ninepd.logs import concerning
 from ninepd.offer import Offer
 from ninepd.presence import Bell, Presence
@@ -111,7 +112,8 @@ class Worker(Child):
             daemon.serve(self.offer, once, tell)
         else:
             self.links.serve()
-            daemon.serve(self.offer, once, tell, self.links.stats, self.links.answering)
+            ends = Ends(self.links.answering, self.links.telling)
+            daemon.serve(self.offer, once, tell, self.links.stats, ends)
 
     def forget(self) -> None:
         """It is served no more."""

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any, Final, NoReturn
 
 import click
@@ -15,6 +16,7 @@ from ninepd import __version__, checking, config, configfile, doctor, qemu, supe
 from ninepd.activation import Activated, refuse_unused, take_activated
 from ninepd.control.client import Client, ControlError
 from ninepd.control.names import name_of
+from ninepd.control.pairs import Pairs
 from ninepd.errors import UsageError
 from ninepd.limits import Limits
 from ninepd.logs import Format, Level, start_logging
@@ -492,6 +494,33 @@ def fids(tag: str, control_path: str) -> None:
     """List what the guest of an export holds."""
     with Client(control_path) as client:
         click.echo(client.read("exports", name_of(tag), "fids"), nl=False)
+
+
+@cli.command
+@click.argument("tag")
+@_control_option
+@click.option(
+    "--type", "types", multiple=True, metavar="TYPE", help="Such requests only: Twalk. Repeatable."
+)
+@click.option(
+    "--fid", "fids", type=int, multiple=True, metavar="N", help="On this fid only. Repeatable."
+)
+@click.option("--path", metavar="PATH", help="On this file, or below this directory, only.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="End after so many lines.")
+def trace(
+    tag: str,
+    control_path: str,
+    types: tuple[str, ...],
+    fids: tuple[int, ...],
+    path: str | None,
+    count: int | None,
+) -> None:
+    """Follow the requests of the guest of an export: a line for each, when it is answered."""
+    pairs = Pairs(types, fids, path)
+    with Client(control_path) as client:
+        lines = client.follow("exports", name_of(tag), "trace")
+        for line in islice(chain.from_iterable(map(pairs.lines, lines)), count):
+            click.echo(line)
 
 
 @cli.command

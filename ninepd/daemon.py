@@ -21,7 +21,10 @@ import uvloop
 
 from ninepd import foreign, systemd
 from ninepd.connection import Connection
-from ninepd.inspection import Inspection, Visitor
+from ninepd.export.handles import Handle
+from ninepd.following import SECONDS as FOLLOW_SECONDS
+from ninepd.following import Following
+from ninepd.inspection import Ends, Inspection, Visitor
 from ninepd.logs import about
 from ninepd.offer import Offer
 from ninepd.ops.guest import Service
@@ -53,15 +56,20 @@ class ExportServer:
         once: bool,
         report: Callable[[bool], None],
         stats: Stats,
-        questions: socket.socket | None,
+        ends: Ends | None,
     ) -> None:
         """``finished`` is called when no front end is there and none can or shall come.
 
         With ``once`` the first that speaks is the last. ``report`` is told who comes or leaves;
-        ``stats`` is where all of them are counted, and ``questions`` where whoever watches asks.
+        ``stats`` is where all of them are counted, and ``ends`` lead to whoever watches.
         """
         self._stats = stats
-        self._inspection = None if questions is None else Inspection(questions, self._visitor)
+        self._inspection: Inspection | None = None
+        self._following: Following | None = None
+        self._follow_until: asyncio.TimerHandle | None = None
+        if ends is not None:
+            self._inspection = Inspection(ends.answering, self._visitor, self._follow)
+            self._following = Following(ends.telling, self._handle)
         self._visit: _Visit | None = None
         self._offer = offer
         self._tag = offer.export.tag
@@ -103,6 +111,27 @@ class ExportServer:
         peer, since, service = self._visit
         return Visitor(peer.pid, peer.uid, since, service.guest)
 
+    def _handle(self, number: int) -> Handle | None:
+        """What the guest's fid of that number refers to; for any thread."""
+        visit = self._visit
+        fid = None if visit is None else visit.service.guest.session.fids.get(number)
+        return None if fid is None else fid.handle
+
+    def _follow(self, wanted: bool) -> None:
+        """Tell of messages for a while, or not any more."""
+        if self._follow_until is not None:
+            self._follow_until.cancel()
+            self._follow_until = None
+        if self._following is None:
+            return
+        if wanted:
+            self._following.start()
+            self._follow_until = self._loop.call_later(FOLLOW_SECONDS, self._follow, False)
+        else:
+            self._following.stop()
+        if self._visit is not None:
+            self._visit.service.follow_log()
+
     def retire(self) -> None:
         """Accept nobody any more, and end when the front end that is there has left."""
         self._retires = True
@@ -116,6 +145,7 @@ class ExportServer:
         Storage that does not answer is not waited for.
         """
         self._accept_no_more()
+        self._follow(False)
         if self._inspection is not None:
             self._loop.remove_reader(self._inspection.fileno())
         self._offer.listener.socket.close()
@@ -242,7 +272,7 @@ async def _serve(
     once: bool,
     report: Callable[[bool], None],
     stats: Stats,
-    questions: socket.socket | None,
+    ends: Ends | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -250,7 +280,7 @@ async def _serve(
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     os.umask(0)  # guests have applied their own; each mode arrives as it shall be
-    server = ExportServer(offer, loop, stop.set, once, report, stats, questions)
+    server = ExportServer(offer, loop, stop.set, once, report, stats, ends)
     loop.add_signal_handler(RETIRE, server.retire)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     seconds = systemd.watchdog_seconds()
@@ -271,17 +301,17 @@ def serve(
     once: bool,
     report: Callable[[bool], None] | None = None,
     stats: Stats | None = None,
-    questions: socket.socket | None = None,
+    ends: Ends | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until no further front end can or shall come.
 
     ``report`` is told when it begins, and whether one is connected; else the service manager is.
-    ``stats`` is where to count, if somebody shall see it, and ``questions`` a socket on which to
-    say more.
+    ``stats`` is where to count, if somebody shall see it, and ``ends`` are sockets on which to say
+    more.
     """
     stats = Stats() if stats is None else stats
     stats.numbers.pid = os.getpid()
     name_process(offer.export.tag)
     about["export"] = offer.export.tag
     offer.shut_in()
-    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer), stats, questions))
+    uvloop.run(_serve(offer, once, report or partial(_tell_manager, offer), stats, ends))

@@ -39,12 +39,27 @@ class Visitor(NamedTuple):
     guest: Guest
 
 
+class Ends(NamedTuple):
+    """Sockets to whoever watches."""
+
+    answering: socket.socket
+    telling: socket.socket
+    """Of messages, while somebody follows them (following.py)."""
+
+
 class Inspection:
     """Answers on a socket, for the export's process."""
 
-    def __init__(self, answering: socket.socket, visitor: Callable[[], Visitor | None]) -> None:
+    def __init__(
+        self,
+        answering: socket.socket,
+        visitor: Callable[[], Visitor | None],
+        follow: Callable[[bool], None],
+    ) -> None:
+        """``follow`` is told that somebody goes on following messages, or that nobody does."""
         self._socket = answering
         self._visitor = visitor
+        self._follow = follow
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -76,6 +91,9 @@ class Inspection:
         visitor = self._visitor()
         if not isinstance(start, int) or start < 0:
             raise ValueError(f"nothing begins at {start!r}")
+        if what == "trace":
+            self._follow(bool(start))
+            return [], None
         if visitor is None:
             return [], None
         if what == "clients":

@@ -18,21 +18,21 @@ class JsonFormatter(logging.Formatter):
             "export": getattr(record, "export", None),
             "guest_pid": getattr(record, "guest_pid", None),
             "message": record.getMessage(),
-            "p9": _request(record),
+            "p9": request(record),
             "exception": self.formatException(record.exc_info) if record.exc_info else None,
         }
         return json.dumps({n: _plain(value) for n, value in fields.items() if value is not None})
 
 
-def _request(record: logging.LogRecord) -> dict[str, Any] | None:
-    """Of a line of the trace: the tag, and the message with its fields."""
+def request(record: logging.LogRecord) -> dict[str, Any] | None:
+    """Of a line of the trace: the tag, and the message with its fields, in terms of JSON."""
     tag = getattr(record, "p9_tag", None)
     if tag is None:
         return None
     message = getattr(record, "p9_message", None)
     if message is None:
         return {"tag": tag}
-    return {"tag": tag, "type": type(message).__name__, "fields": message}
+    return {"tag": tag, "type": type(message).__name__, "fields": _plain(message)}
 
 
 def _plain(value: Any) -> Any:

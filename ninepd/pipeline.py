@@ -110,7 +110,7 @@ class Pipeline(Turns):
         segments = max(num, _SEGMENTS) if setup.indirect else num
         # Request, reply and one page of slop, as the Linux driver counts (trans_virtio.c).
         self._msize_limit = (segments - 3) * _PAGE
-        self._tracing = trace.isEnabledFor(logging.DEBUG)
+        self._tracing = service.traced
         self._handles = handles
         self._volumes = handles.volumes
         self._follow_session()
@@ -168,6 +168,7 @@ class Pipeline(Turns):
         self._rows = ROWS[guest.session.dialect]
 
     def _serve_batch(self, turn: Turn) -> bool:
+        self._answers.tracing = self._tracing = self._service.traced
         for entry in self._batch:
             head, readable, writable, copied, fault, size, number, tag = entry
             if not self._request(turn, head, readable, writable, copied, fault, size, number, tag):

@@ -27,6 +27,7 @@ LAYERS: Final = (
     {"control"},
     {"daemon"},
     {"offer"},
+    {"following"},
     {"inspection"},
     {"configfile", "connection", "exposure", "listener", "reload", "sandbox", "systemd"},
     {"device", "frontend", "remover"},

@@ -68,6 +68,17 @@ class Client:
                     return bytes(data)
                 data += reply[4:]
 
+    def follow(self, *names: str) -> Iterator[bytes]:
+        """Lines of a file that has no end, as they come."""
+        self._walk(names)
+        self._open(_READ)
+        self._socket.settimeout(None)
+        rest = b""
+        while True:
+            reply = self._call(_TREAD, struct.pack("<IQI", _FILE, 0, _MSIZE))
+            *lines, rest = (rest + reply[4:]).split(b"\n")
+            yield from lines
+
     def write(self, data: bytes, *names: str) -> None:
         with self._opened(_WRITE, names):
             self._call(_TWRITE, struct.pack("<IQI", _FILE, 0, len(data)) + data)
@@ -85,15 +96,21 @@ class Client:
 
     @contextlib.contextmanager
     def _opened(self, mode: int, names: tuple[str, ...]) -> Iterator[None]:
+        self._walk(names)
+        try:
+            self._open(mode)
+            yield
+        finally:
+            self._call(_TCLUNK, struct.pack("<I", _FILE))
+
+    def _walk(self, names: tuple[str, ...]) -> None:
         walk = struct.pack("<IIH", _ROOT, _FILE, len(names)) + b"".join(map(_string, names))
         [steps] = struct.unpack_from("<H", self._call(_TWALK, walk))
         if steps < len(names):
             raise ControlError(f"{self._path}: there is no {'/'.join(names)}")
-        try:
-            self._call(_TOPEN, struct.pack("<IB", _FILE, mode))
-            yield
-        finally:
-            self._call(_TCLUNK, struct.pack("<I", _FILE))
+
+    def _open(self, mode: int) -> None:
+        self._call(_TOPEN, struct.pack("<IB", _FILE, mode))
 
     def _call(self, kind: int, body: bytes, tag: int = 0) -> bytes:
         """The body of the reply."""

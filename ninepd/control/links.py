@@ -13,25 +13,28 @@ class Links:
         self.stats: Stats
         self.stats, self._fd = shared()
         self.answering, self._asking = socket.socketpair()
-        for end in (self.answering, self._asking):
+        self.telling, self._following = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        for end in (self.answering, self._asking, self.telling, self._following):
             end.setblocking(False)
 
     def close(self) -> None:
         """They are about another process than this."""
         self.stats.close()
         os.close(self._fd)
-        self.answering.close()
-        self._asking.close()
+        for end in (self.answering, self._asking, self.telling, self._following):
+            end.close()
 
     def serve(self) -> None:
         """This is the process of the export."""
         os.close(self._fd)
         self._asking.close()
+        self._following.close()
 
-    def watch(self) -> tuple[Reader, socket.socket]:
-        """This process watches: it can read, and ask."""
+    def watch(self) -> tuple[Reader, socket.socket, socket.socket]:
+        """This process watches: it can read, ask, and follow messages."""
         self.stats.close()
         self.answering.close()
+        self.telling.close()
         seen = reader(self._fd)
         os.close(self._fd)
-        return seen, self._asking
+        return seen, self._asking, self._following

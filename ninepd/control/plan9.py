@@ -21,6 +21,7 @@ import errno
 import logging
 import os
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,22 @@ Later: TypeAlias = partial[Awaitable[Message]]
 """Makes a reply that takes a while."""
 Make: TypeAlias = Callable[[], Awaitable[bytes]]
 """The contents of a file, for whoever opens it."""
+
+
+class Stream(ABC):
+    """What somebody reads who waits for more."""
+
+    @abstractmethod
+    async def read(self, count: int) -> bytes:
+        """What there is, at most so much; if there is nothing, as soon as there is."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Nobody reads it any more."""
+
+
+Begin: TypeAlias = Callable[[], Stream]
+"""A stream of its own, for whoever opens the file."""
 Take: TypeAlias = Callable[[bytes], None]
 """What is written to a file, as one Twrite; OSError says what is wrong about it."""
 
@@ -113,6 +130,11 @@ class _Fid:
     data: bytes | None = None
     """Its contents, if it is open."""
     writes: bool = False
+    stream: Stream | None = None
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
 
 
 class Files(Filesystem):
@@ -142,6 +164,10 @@ class Files(Filesystem):
         if take is not None:
             inode.add_callback(Twrite, take)
 
+    def stream(self, path: str, begin: Begin) -> None:
+        """A file that has no end."""
+        self._add(path, 0, 0o400).add_callback(Tread, begin)
+
     def _add(self, path: str, qtype: int, mode: int) -> Inode:
         folder, _, name = path.rpartition("/")
         number = len(self.inodes)
@@ -167,8 +193,7 @@ class Plan9Protocol(Plan9ServerProtocol):
     # The stream
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        for task in self._out.values():
-            task.cancel()
+        self._begin_anew()
         self._ended()
 
     def pause_writing(self) -> None:
@@ -253,6 +278,15 @@ class Plan9Protocol(Plan9ServerProtocol):
 
     # Fids
 
+    def _begin_anew(self) -> None:
+        """Nothing is left of the session."""
+        for task in self._out.values():
+            task.cancel()
+        self._out.clear()
+        for fid in self._fids.values():
+            fid.close()
+        self._fids.clear()
+
     def _fid(self, number: int) -> _Fid:
         try:
             return self._fids[number]
@@ -270,10 +304,7 @@ class Plan9Protocol(Plan9ServerProtocol):
 
     def t_version(self, req: Message) -> Message:
         """A new session: nothing of an old one is left."""
-        for task in self._out.values():
-            task.cancel()
-        self._out.clear()
-        self._fids.clear()
+        self._begin_anew()
         reply = msg_rversion()
         known = req["version"].split(".")[0] == _VERSION and req["msize"] >= _LEAST_MSIZE
         self._msize = min(req["msize"], MSIZE) if known else MSIZE
@@ -338,14 +369,19 @@ class Plan9Protocol(Plan9ServerProtocol):
         make = inode.callbacks.get(Topen)
         if make is not None and mode & _ACCESS != _WRITES:
             return partial(_make, fid, cast("Make", make))
+        begin = inode.callbacks.get(Tread)
+        if begin is not None:
+            fid.stream = cast("Begin", begin)()
         fid.data = b""
         return _opened(fid)
 
-    def t_read(self, req: Message) -> Message:
+    def t_read(self, req: Message) -> Message | Later:
         fid, offset = self._fid(req["fid"]), req["offset"]
         if fid.data is None:
             raise OSError(errno.EBADF, "fid is not open")
         count = min(req["count"], self._msize - _READ_HEADER)
+        if fid.stream is not None:
+            return partial(_read_stream, fid.stream, count)
         reply = msg_rread()
         if fid.inode.qid["type"] & DIRECTORY:
             reply["data"] = _entries(fid.inode, offset, count)
@@ -363,7 +399,7 @@ class Plan9Protocol(Plan9ServerProtocol):
         return reply
 
     def t_clunk(self, req: Message) -> Message:
-        self._fid(req["fid"])
+        self._fid(req["fid"]).close()
         del self._fids[req["fid"]]
         return msg_rclunk()
 
@@ -403,6 +439,12 @@ class Plan9Protocol(Plan9ServerProtocol):
 async def _make(fid: _Fid, make: Make) -> Message:
     fid.data = await make()
     return _opened(fid)
+
+
+async def _read_stream(stream: Stream, count: int) -> Message:
+    reply = msg_rread()
+    reply["data"] = await stream.read(count)
+    return reply
 
 
 def _opened(fid: _Fid) -> Message:

@@ -22,6 +22,7 @@ from ninepd.control.http import MetricsProtocol
 from ninepd.control.links import Links
 from ninepd.control.plan9 import Plan9Protocol
 from ninepd.control.questions import Questions
+from ninepd.control.trace import Trace
 from ninepd.process import name_process
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def serve(
     name_process("control")
     watched = []
     for export, links in exports:
-        seen, asking = links.watch()
-        watched.append(tree.Watched(export, seen, Questions(asking)))
+        seen, asking, following = links.watch()
+        questions = Questions(asking)
+        watched.append(tree.Watched(export, seen, questions, Trace(following, questions)))
     sandbox.isolate()
     uvloop.run(_serve(doors, watched, reload))

@@ -29,18 +29,18 @@ class Questions:
         """An answer that is late, or to somebody who has gone, has another one."""
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, what: str) -> list[Row]:
-        """All rows, or as many as anybody reads; NoAnswer."""
+    async def ask(self, what: str, start: int = 0) -> list[Row]:
+        """All rows from there on, or as many as anybody reads; NoAnswer."""
         try:
             async with asyncio.timeout(SECONDS):
                 async with self._turn:
-                    return await self._pieces(what)
+                    return await self._pieces(what, start)
         except (TimeoutError, OSError, ValueError) as error:
             raise NoAnswer from error
 
-    async def _pieces(self, what: str) -> list[Row]:
+    async def _pieces(self, what: str, start: int) -> list[Row]:
         rows: list[Row] = []
-        at: int | None = 0
+        at: int | None = start
         while at is not None and len(rows) < ROWS_MAX:
             some, at = await self._piece(what, at)
             rows += some

@@ -6,6 +6,7 @@
     exports/NAME/clients    who is connected
     exports/NAME/fids       what the guest holds
     exports/NAME/locks      what it has locked
+    exports/NAME/trace      its messages from now on, as lines of JSON; a read waits for the next
     ctl                     write "reload"; read what came of the last write
 
 NAME is the tag, with %XX for bytes that a name of a file would better not have.
@@ -24,6 +25,7 @@ from ninepd.control import metrics, report
 from ninepd.control.names import name_of
 from ninepd.control.plan9 import Files
 from ninepd.control.questions import NoAnswer, Questions, Row
+from ninepd.control.trace import Trace
 from ninepd.stats import Reader
 
 _TABLES: Final = {"clients": report.clients, "fids": report.fids, "locks": report.locks}
@@ -35,6 +37,7 @@ class Watched(NamedTuple):
     export: Export
     seen: Reader
     questions: Questions
+    trace: Trace
 
 
 class Control:
@@ -78,6 +81,7 @@ def grow(
         tree.file(f"{folder}/stats", partial(_stats, watched))
         for what in _TABLES:
             tree.file(f"{folder}/{what}", partial(_asked, watched, what))
+        tree.stream(f"{folder}/trace", watched.trace.follow)
     return tree
 
 

@@ -28,6 +28,7 @@ from ninepd.stats import Stats
 from ninepd.throttle import Throttle
 
 log = logging.getLogger(__name__)
+trace = logging.getLogger("ninepd.trace")
 
 END_SLICE: Final = 512
 """Fids that are let go in one step, at 2.3 us each."""
@@ -205,6 +206,9 @@ class Service:
         """How fast guests may read and write, if that is limited."""
         self._tree = tree
         self._tag = tag
+        self.traced = False
+        """Is each message to be logged? That may change between two batches."""
+        self.follow_log()
         self.guest = self._fresh()
 
     def renew(self) -> Guest:
@@ -213,6 +217,10 @@ class Service:
         """
         old, self.guest = self.guest, self._fresh()
         return old
+
+    def follow_log(self) -> None:
+        """Somebody may have asked for the trace, or nobody does any more."""
+        self.traced = trace.isEnabledFor(logging.DEBUG)
 
     def take_stock(self) -> None:
         """Tell whoever watches what the guest holds now."""

@@ -143,9 +143,9 @@ def _imprison(probe: Callable[[], None], command: list[str]) -> str:
     """What came of a probe: "done", the name of an errno, "killed", or how else it ended."""
 
     async def instead_of_serving(
-        offer: Offer, once: bool, report: Callable[[bool], None], stats: Stats, questions: object
+        offer: Offer, once: bool, report: Callable[[bool], None], stats: Stats, ends: object
     ) -> None:
-        del offer, once, report, stats, questions
+        del offer, once, report, stats, ends
         try:
             probe()
         except OSError as error:
