@@ -69,6 +69,9 @@ def missing() -> str:
     """Why it cannot be had here; empty if it can."""
     if os.geteuid():
         return "needs root"
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    if all(line.split()[4] != "/" for line in mounts):
+        return "the root of this chroot is no mount, which pivot_root(2) needs"
     if not os.path.exists(SYSTEMD):
         return "there is no systemd"
     if _hierarchy() is None:
