@@ -6,9 +6,10 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
@@ -27,6 +28,8 @@ CANNOT_SERVE: Final = 1
 CAPABILITIES: Final = {"type": "9p", "features": []}
 """QEMU's docs/interop/vhost-user.json, VhostUserBackendCapabilities."""
 
+HELP: Final = {"help_option_names": ["-h", "--help"]}
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any] | click.Command)
 NO_GUESTS: Final = (
     "the demo needs ninepd-guests: install it from a checkout with pip install ./guests"
 )
@@ -63,9 +66,13 @@ def vhost_user_9p() -> NoReturn:
 
     Those name --socket-path, --fd and --print-capabilities; the rest are options of ``serve``.
     """
-    if "--print-capabilities" in sys.argv[1:]:
-        _run(cli, "vhost-user-9p", ["--print-capabilities"])
-    _run(serve, "vhost-user-9p")
+    name = "vhost-user-9p"
+    if "--print-capabilities" in sys.argv[1:]:  # whatever else stands there
+        _run(cli, name, ["--print-capabilities"])
+    command = copy(serve)
+    command.params = list(serve.params)
+    command.context_settings = {**serve.context_settings, **HELP}
+    _run(_asking_options(name)(command), name)
 
 
 def _print_capabilities(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -74,16 +81,25 @@ def _print_capabilities(context: click.Context, _parameter: click.Parameter, val
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="ninepd")
-@click.option(
-    "--print-capabilities",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_capabilities,
-    help="Print what this back end is, as JSON, and exit.",
-)
+def _asking_options(name: str) -> Callable[[_Decorated], _Decorated]:
+    """Those of a program, which then does nothing else."""
+
+    def decorate(command: _Decorated) -> _Decorated:
+        capabilities = click.option(
+            "--print-capabilities",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_capabilities,
+            help="Print what this back end is, as JSON, and exit.",
+        )
+        return click.version_option(__version__, prog_name=name)(capabilities(command))
+
+    return decorate
+
+
+@click.group(context_settings=HELP)
+@_asking_options("ninepd")
 def cli() -> None:
     """Serve host directories to virtual machines as 9P2000.L over vhost-user."""
 

@@ -57,6 +57,31 @@ def test_version() -> None:
     assert __version__ in result.stdout
 
 
+def back_end(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """``vhost-user-9p``, as management software asks it."""
+    command = [sys.executable, "-c", VHOST_USER_9P, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10)
+
+
+def test_version_of_the_back_end() -> None:
+    result = back_end("--version")
+    expected = (0, f"vhost-user-9p, version {__version__}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == expected
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_of_the_back_end(option: str) -> None:
+    """It names what QEMU's conventions ask for."""
+    result = back_end(option)
+    assert (result.returncode, result.stderr) == (0, "")
+    for name in ("--socket-path", "--fd", "--print-capabilities", "--version", "-h, --help"):
+        assert name in result.stdout
+
+
+def test_the_back_end_has_no_option_of_its_own_on_serve() -> None:
+    assert "--print-capabilities" in refusal("serve", "--print-capabilities")
+
+
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("-h",), ("serve", "--help"), ("qemu-args", "-h")]
 )
@@ -72,6 +97,7 @@ def test_help(arguments: tuple[str, ...]) -> None:
         (["-m", "ninepd"], []),
         (["-c", VHOST_USER_9P], []),
         (["-c", VHOST_USER_9P], ["--socket-path", "/nowhere/s"]),
+        (["-c", VHOST_USER_9P], ["--fd=77", "--socket-path=/s", "--no-such-option", "word"]),
     ],
 )
 def test_print_capabilities(command: list[str], more: list[str]) -> None:
