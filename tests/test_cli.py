@@ -138,6 +138,13 @@ def test_other_entry_point_serves(tmp_path: Path, export: Path) -> None:
 # Refusals
 
 
+def test_nobody_can_connect_to_what_is_refused(options: dict[str, str]) -> None:
+    """QEMU's conventions: it fails before it listens."""
+    Path(options["--export"]).rmdir()
+    assert "--export" in refusal("serve", *flat(options))
+    assert not os.path.lexists(options["--socket-path"])
+
+
 @pytest.mark.parametrize("missing", ["--socket-path", "--export", "--tag"])
 def test_missing_option(options: dict[str, str], missing: str) -> None:
     del options[missing]
