@@ -12,8 +12,8 @@ PY_SOURCES := $(wildcard ninepd/*.py ninepd/export/*.py ninepd/ops/*.py ninepd/p
 C_FILES := $(C_SOURCES) \
 	$(wildcard guests/ninepd_guests/*.c bench/*.[ch] fuzz/*.[ch] tests/support/*.c)
 
-.PHONY: all bench clean demo demo-guest format fuzz fuzz-coverage fuzz-replay guests lint soak test \
-	test-guest test-quick wheel
+.PHONY: all bench clean deb demo demo-guest format fuzz fuzz-coverage fuzz-replay guests lint soak \
+	test test-guest test-quick wheel
 .DELETE_ON_ERROR:
 
 all: $(VENV)/built
@@ -90,6 +90,12 @@ wheel: $(VENV)/base
 	@PYTHON=$(PYTHON) contrib/setup-debian.sh wheel
 	@$(PIP) install "pip>=25.1" && $(PIP) install --group wheel
 	@contrib/wheels.sh $(BIN) $(PYTHONS)
+
+# A Debian package in dist/, of the release that this runs on, and its source package.
+deb: $(VENV)/base
+	@PYTHON=$(PYTHON) contrib/setup-debian.sh deb
+	@$(PIP) install "pip>=25.1"
+	@contrib/deb.sh $(BIN)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info guests/build guests/*.egg-info ninepd/_libvring.* *.so

@@ -1,6 +1,6 @@
 #!/bin/sh
-# setup-debian.sh [demo|wheel|test|fuzz]: installs the Debian packages that this purpose needs and
-# that are missing, or names them if that is not allowed. A purpose includes those before it.
+# setup-debian.sh [demo|wheel|deb|test|fuzz]: installs the Debian packages that this purpose needs
+# and that are missing, or names them if that is not allowed. A purpose includes those before it.
 set -eu
 
 purpose=${1:-test}
@@ -23,8 +23,8 @@ has_library() {
     "$python" -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library(sys.argv[1]))' "$1"
 }
 
-case $purpose in demo | wheel | test | fuzz) ;; *)
-    echo "ninepd: $0 demo, wheel, test or fuzz, not $purpose" >&2
+case $purpose in demo | wheel | deb | test | fuzz) ;; *)
+    echo "ninepd: $0 demo, wheel, deb, test or fuzz, not $purpose" >&2
     exit 2
     ;;
 esac
@@ -38,6 +38,15 @@ need python3-venv "$python" -c 'import ensurepip, venv'
 need ca-certificates test -d /etc/ssl/certs
 need util-linux command -v setpriv
 need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
+
+if [ "$purpose" != demo ] && [ "$purpose" != wheel ]; then
+    # dpkg itself looks whether these are there: contrib/debian/control.
+    for package in build-essential debhelper dh-python python3-cffi python3-click python3-dev \
+        python3-mypy-extensions python3-packaging python3-prometheus-client python3-pyroute2 \
+        python3-uvloop python3-venv; do
+        need "$package" dpkg --status "$package"
+    done
+fi
 
 if [ "$purpose" = test ] || [ "$purpose" = fuzz ]; then
     # User-Mode Linux, built from its source.
@@ -55,6 +64,8 @@ if [ "$purpose" = test ] || [ "$purpose" = fuzz ]; then
     need strace command -v strace
     # Process 1 of a test's own; nothing of it is started here.
     need systemd test -x /usr/lib/systemd/systemd
+    # Root file systems of tests.
+    need mmdebstrap command -v mmdebstrap
 fi
 
 if [ "$purpose" = fuzz ]; then

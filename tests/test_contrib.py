@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
+from ninepd import __version__
 from ninepd.qemu import device_arguments
 
 CONTRIB: Final = Path(__file__).parents[1] / "contrib"
@@ -22,6 +23,11 @@ def test_the_service_of_domains_is_hardened_as_the_other_one() -> None:
     expected = service(CONTRIB / "systemd/ninepd@.service")
     found = service(CONTRIB / "libvirt/ninepd-domain@.service")
     assert [line.replace("/run/ninepd/domains/", "/etc/ninepd/") for line in found] == expected
+
+
+def test_debians_version_is_that_of_the_package() -> None:
+    changelog = (CONTRIB / "debian/changelog").read_text()
+    assert changelog.startswith(f"ninepd ({__version__}) ")
 
 
 def arguments(domain: ElementTree.Element) -> list[str]:

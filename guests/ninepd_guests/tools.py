@@ -38,8 +38,7 @@ def qemu() -> Qemu:
         new = version and (int(version[1]), int(version[2])) >= OLDEST_QEMU
         if new and QEMU_DEVICE in command([path, "-device", "help"]):
             return Qemu((path,))
-    tree = artefact("qemu", "fetching Debian's QEMU", functools.partial(_make_qemu, "x86"))
-    return _debians(tree, "qemu-system-x86_64")
+    return qemu_in(debian_qemu(), "qemu-system-x86_64")
 
 
 @functools.cache
@@ -47,10 +46,16 @@ def qemu_aarch64() -> Qemu:
     """Debian's newest, for guests of that processor."""
     what = "fetching Debian's QEMU for aarch64"
     tree = artefact("qemu-aarch64", what, functools.partial(_make_qemu, "arm"))
-    return _debians(tree, "qemu-system-aarch64")
+    return qemu_in(tree, "qemu-system-aarch64")
 
 
-def _debians(tree: str, program: str) -> Qemu:
+def debian_qemu() -> str:
+    """A folder with Debian's newest QEMU and all that it needs."""
+    return artefact("qemu", "fetching Debian's QEMU", functools.partial(_make_qemu, "x86"))
+
+
+def qemu_in(tree: str, program: str) -> Qemu:
+    """One of such a folder, which is seen as ``tree``."""
     lib = f"{tree}/usr/lib/x86_64-linux-gnu"
     return Qemu(
         (f"{tree}/usr/lib64/ld-linux-x86-64.so.2", "--library-path", lib,

@@ -1,14 +1,17 @@
-"""systemd itself as process 1, in namespaces of its own, with the units of contrib/systemd.
+"""systemd itself as process 1, in namespaces of its own.
 
-Its root holds the host's programs, a few files of /etc, this checkout, and nothing else that could
-be started; so it is up in a second. It needs root and a cgroup2 hierarchy, and no network.
+Its root holds the host's programs, a few files of /etc, this checkout with the units of
+contrib/systemd, and nothing else that could be started; so it is up in a second. Or it is a copy of
+a Debian's. It needs root and a cgroup2 hierarchy, and no network.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +26,7 @@ export PYTHONHOME=/ninepd/python PYTHONPATH=/ninepd/checkout:/ninepd/packages
 export LD_LIBRARY_PATH=/ninepd/python/lib PYTHONDONTWRITEBYTECODE=1
 exec /ninepd/python/bin/python3 -m ninepd "$@"
 """
-_BOOT: Final = """
+_HOST: Final = """
 set -e
 root=$1 files=$2 python=$3 checkout=$4 packages=$5
 mount --make-rprivate /
@@ -39,6 +42,36 @@ for entry in /bin /lib* /sbin; do
     fi
 done
 mount --bind /usr usr
+for name in alternatives group ld.so.cache nsswitch.conf passwd shadow; do
+    cp -a "/etc/$name" etc
+done
+cp -r "$files/." .
+mkdir ninepd/python ninepd/checkout ninepd/packages
+mount --bind "$python" ninepd/python
+mount --bind "$checkout" ninepd/checkout
+mount --bind "$packages" ninepd/packages
+units=SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/systemd/system
+"""
+"""Arguments: an empty folder, one with what comes on top, and where to find what is bound."""
+_COPY: Final = """
+set -e
+root=$1 image=$2
+shift 2
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 none "$root"
+cd "$root"
+mkdir upper work copy
+mount -t overlay -o "lowerdir=$image,upperdir=upper,workdir=work" none copy
+cd copy
+while [ $# != 0 ]; do
+    mkdir -p ".$1"
+    mount --bind -o ro "$2" ".$1"
+    shift 2
+done
+units= PATH=/usr/sbin:/usr/bin:/sbin:/bin
+"""
+"""Arguments: an empty folder, the Debian's root, and pairs: a place, and what is seen there."""
+_BOOT: Final = """
 mount --rbind /dev dev
 mount -t proc none proc
 mount --bind proc/sys proc/sys
@@ -47,22 +80,14 @@ mount -t sysfs none sys
 mount -t cgroup2 none sys/fs/cgroup
 mount -t tmpfs none run
 mount -t tmpfs none tmp
-for name in alternatives group ld.so.cache nsswitch.conf passwd shadow; do
-    cp -a "/etc/$name" etc
-done
-cp -r "$files/." .
-mkdir ninepd/python ninepd/checkout ninepd/packages run/old
-mount --bind "$python" ninepd/python
-mount --bind "$checkout" ninepd/checkout
-mount --bind "$packages" ninepd/packages
+mkdir run/old
 pivot_root . run/old
 umount -l /run/old
 mount --make-rshared /
 systemd-sysusers
-exec env -i container=test PATH="$PATH" SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/systemd/system \
+exec env -i container=test PATH="$PATH" $units \
     /usr/lib/systemd/systemd --system --show-status=no --log-target=console
 """
-"""Arguments: an empty folder, one with what comes on top, and where to find what is bound."""
 
 
 def missing() -> str:
@@ -90,24 +115,33 @@ def _hierarchy() -> Path | None:
 class Systemd:
     """A running one."""
 
-    def __init__(self, folder: Path) -> None:
-        """``folder`` is its own, and empty."""
+    def __init__(
+        self, folder: Path, image: str | None = None, binds: Mapping[str, str] | None = None
+    ) -> None:
+        """``folder`` is its own, and empty; ``image`` the root of a Debian, which is not changed,
+        and ``binds`` are folders to be seen there.
+        """
         root, files, self._log = folder / "root", folder / "files", folder / "log"
         root.mkdir()
-        _install(files)
+        if image is None:
+            _install(files)
+            places = (root, files, sys.base_prefix, CHECKOUT, sysconfig.get_path("purelib"))
+            script, arguments = _HOST + _BOOT, [str(place) for place in places]
+        else:
+            pairs = itertools.chain.from_iterable((binds or {}).items())
+            script, arguments = _COPY + _BOOT, [str(root), image, *pairs]
         hierarchy = _hierarchy()
         assert hierarchy is not None
-        self._group = hierarchy / f"ninepd-test-{os.getpid()}"
+        self._group = hierarchy / f"ninepd-test-{os.getpid()}-{folder.name}"
         self._group.mkdir()
         enter = 'echo 0 > "$1/cgroup.procs"; shift; exec "$@"'
         namespaces = ("--cgroup", "--mount", "--pid", "--ipc", "--uts", "--net")
-        places = (root, files, sys.base_prefix, CHECKOUT, sysconfig.get_path("purelib"))
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [
                     *("sh", "-c", enter, "sh", self._group),
                     *("unshare", *namespaces, "--fork", "--kill-child"),
-                    *("sh", "-c", _BOOT, "sh", *places),
+                    *("sh", "-c", script, "sh", *arguments),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -151,7 +185,7 @@ class Systemd:
     def run(self, *command: str) -> str:
         """Run a program there; its output."""
         enter = ("nsenter", f"--target={self.pid}", "--all")
-        result = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=60)
+        result = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=120)
         assert not result.returncode, result.stderr + self.log
         return result.stdout
 
