@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GUEST_FOLDERS := $(or $(TMPDIR),/tmp)/np-$(shell id -u)
 PIP := $(BIN)/pip --disable-pip-version-check
 # A plain path entry, so that what is built later beside the packages is found, too.
 EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editable . --editable guests
@@ -39,8 +40,11 @@ else
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line test-guest test-quick
 endif
 
+# Its folders have a parent of their own: for some tests other users may enter it, for others not. The
+# name is short, for there are sockets in them.
 test-guest: $(VENV)/built
-	$(BIN)/pytest tests/guest $(PYTEST_ARGS)
+	@mkdir -p -m 755 $(GUEST_FOLDERS)
+	PYTEST_DEBUG_TEMPROOT=$(GUEST_FOLDERS) $(BIN)/pytest tests/guest $(PYTEST_ARGS)
 
 # All but the booted guests.
 test-quick: $(VENV)/built

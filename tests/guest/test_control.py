@@ -51,7 +51,8 @@ def guest(control: str) -> Iterator[Guest]:
 
 def test_linux_mounts_it(guest: Guest, control: str) -> None:
     found = guest.run(f"cd {TREE} && find . | sort").text.split()
-    files = [f"./exports/test/{name}" for name in ("clients", "config", "fids", "locks", "stats")]
+    names = ("clients", "config", "fids", "locks", "stats", "trace")
+    files = [f"./exports/test/{name}" for name in names]
     assert found == [".", "./ctl", "./exports", "./exports/test", *files, "./metrics"]
     with ControlClient(control) as client:
         for name in ("config", "fids"):
