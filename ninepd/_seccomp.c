@@ -231,13 +231,15 @@ static void nd_answer_descriptors(nd_program *program, bool watches, uint32_t re
                                  F_GET_SEALS, F_SETOWN,        F_ADD_SEALS /* last */};
     const uint32_t streams[] = {SOCK_STREAM, SOCK_STREAM | SOCK_CLOEXEC,
                                 SOCK_STREAM | SOCK_NONBLOCK,
-                                SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK};
+                                SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK,
+                                SOCK_SEQPACKET | SOCK_CLOEXEC /* last: for who watches */};
     const uint32_t ioctls[] = {FIONBIO, FIOCLEX, FIONCLEX, FIONREAD, TCGETS};
     const uint8_t count = sizeof commands / sizeof *commands;
     nd_answer_values(program, SYS_fcntl, 1, commands, watches ? count : count - 2, refuse);
     nd_answer_values(program, SYS_ioctl, 1, ioctls, sizeof ioctls / sizeof *ioctls, refuse);
     nd_require(program, SYS_socketpair, nd_argument(0), BPF_JEQ, AF_UNIX, true, refuse);
-    nd_answer_values(program, SYS_socketpair, 1, streams, sizeof streams / sizeof *streams, refuse);
+    const uint8_t kinds = sizeof streams / sizeof *streams;
+    nd_answer_values(program, SYS_socketpair, 1, streams, watches ? kinds : kinds - 1, refuse);
     nd_require(program, SYS_sendto, nd_argument(4), BPF_JEQ, 0, true, refuse);
     nd_require(program, SYS_sendto, nd_upper(nd_argument(4)), BPF_JEQ, 0, true, refuse);
     nd_answer(program, SYS_sendto, SECCOMP_RET_ALLOW);

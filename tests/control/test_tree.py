@@ -111,7 +111,7 @@ def test_the_tree(watched: Watched) -> None:
     with ControlClient(watched.path) as client:
         assert client.names() == ["ctl", "exports", "metrics"]
         assert client.names("exports") == ["test"]
-        files = ["clients", "config", "fids", "locks", "stats"]
+        files = ["clients", "config", "fids", "locks", "stats", "trace"]
         assert client.names("exports", "test") == files
         with pytest.raises(ControlError, match="there is no exports/other/stats"):
             client.read("exports", "other", "stats")
