@@ -92,8 +92,9 @@ def get(path: str, request: str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n") ->
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(FOREVER)
         connection.connect(path)
-        for char in request:
-            connection.sendall(char.encode())
+        with suppress(BrokenPipeError):  # it was answered before it was over
+            for char in request:
+                connection.sendall(char.encode())
         response = http.client.HTTPResponse(connection, method=request.split(" ")[0])
         response.begin()
         return response.status, response.read().decode()
