@@ -52,6 +52,12 @@ class Following(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Under the lock of this handler: a message of any thread."""
+        try:
+            self._tell(record)
+        except Exception:
+            self.handleError(record)  # a bug here is no reason for a request to fail
+
+    def _tell(self, record: logging.LogRecord) -> None:
         line = {"time": record.created, "clock": time.monotonic_ns()} | (request(record) or {})
         fields = line.get("fields", {})
         if "type" not in line:

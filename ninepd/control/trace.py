@@ -66,6 +66,9 @@ class Trace:
         with suppress(BlockingIOError):
             for _ in range(_BATCH):
                 line = self._socket.recv(_LINE_MAX)
+                if not line:  # nobody is left who could tell anything
+                    asyncio.get_running_loop().remove_reader(self._socket)
+                    return
                 for reader in self._readers:
                     reader.add(line + b"\n")
 

@@ -1,10 +1,12 @@
 """Messages of a live export, as somebody follows them."""
 
+import asyncio
 import errno
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,8 @@ import pytest
 
 from ninepd.control.client import Client as ControlClient
 from ninepd.control.pairs import Pairs
+from ninepd.control.questions import Questions
+from ninepd.control.trace import Trace
 from ninepd.p9.messages import Twalk
 from tests.conftest import StartDaemon
 from tests.support.client import ROOT, Client, Daemon, children
@@ -237,6 +241,27 @@ def test_nobody_is_told_when_all_have_left(follow: Follow, client: Client, daemo
         return sent() - before < 100
 
     eventually(silent, "nothing is told", FOREVER)
+
+
+def test_nobody_is_left_who_tells() -> None:
+    """A reader waits on, and costs nothing."""
+
+    async def scene() -> bool:
+        following, telling = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with following, socket.socket() as closed:
+            closed.close()
+            following.setblocking(False)
+            trace = Trace(following, Questions(closed))
+            reader = trace.follow()
+            telling.send(b"{}")
+            assert await reader.read(100) == b"{}\n"
+            telling.close()
+            await asyncio.sleep(0.1)
+            watched = asyncio.get_running_loop().remove_reader(following)
+            reader.close()
+            return watched
+
+    assert not asyncio.run(scene())
 
 
 def entry(tag: int, kind: str, clock: int, **fields: object) -> bytes:
